@@ -1,0 +1,218 @@
+/* quarry: a long-context language-model engine in which attention is a search.
+ *
+ * Mental model
+ *   A quarry_model is immutable: weights, tokenizer, chat template and one pool of threads. Open it once, share it.
+ *   A quarry_session is one timeline of tokens over a model: its KV cache, the search index over that cache, and the
+ *   logits that follow the last token. Read a document into it (dense attention), then ask (attention searches).
+ *
+ *     quarry_model   *model   = quarry_model_open("model.gguf", NULL, &error);
+ *     quarry_session *session = quarry_session_open(model, NULL, &error);
+ *     quarry_session_read(session, document_tokens, n, NULL, &error);      dense, indexed while it is read
+ *     quarry_session_feed(session, question_tokens, m, NULL, &error);      searches what was read
+ *     quarry_session_generate(session, &sampling, on_text, data, NULL, &error);
+ *
+ * Errors: a function that can fail returns 0 or a negative quarry_code (or NULL), and fills *error when error is not NULL.
+ *   The library never prints, exits or aborts. After an error the objects passed in are still valid and unchanged unless said.
+ * Threads: a model may be used from any thread at once; a session belongs to one thread at a time. Forward passes of the
+ *   sessions of one model run one after the other.
+ * Ownership: what quarry_X_open returns is freed by quarry_X_close (NULL is allowed). Close the sessions before their model.
+ *   Text is UTF-8; invalid UTF-8 is taken as bytes. Strings that are returned live as long as the object they come from.
+ */
+#ifndef QUARRY_H
+#define QUARRY_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define QUARRY_API __attribute__((visibility("default")))
+#else
+#define QUARRY_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define QUARRY_VERSION "0.1.0"
+
+/* The version of the library that is linked, e.g. "0.1.0". */
+QUARRY_API const char *quarry_version(void);
+
+/* ---- errors ---------------------------------------------------------------------------------------------------- */
+
+typedef enum quarry_code {
+    QUARRY_OK = 0,
+    QUARRY_ERROR_ARGUMENT = -1,    /* an argument or option is wrong */
+    QUARRY_ERROR_MEMORY = -2,      /* out of memory */
+    QUARRY_ERROR_IO = -3,          /* a file cannot be opened, read or written, or changed while in use */
+    QUARRY_ERROR_FORMAT = -4,      /* a file is damaged or not what it claims to be */
+    QUARRY_ERROR_UNSUPPORTED = -5, /* valid, but not something this version can run */
+    QUARRY_ERROR_CONTEXT = -6,     /* more tokens than the context holds */
+    QUARRY_ERROR_CANCELLED = -7,   /* a callback asked to stop */
+} quarry_code;
+
+/* What went wrong, in one line fit for a user: which file, what was wrong, what to do. */
+typedef struct quarry_error {
+    quarry_code code;
+    char message[512];
+} quarry_error;
+
+/* ---- callbacks ------------------------------------------------------------------------------------------------- */
+
+typedef enum quarry_log_level { QUARRY_LOG_ERROR, QUARRY_LOG_WARN, QUARRY_LOG_INFO, QUARRY_LOG_DEBUG } quarry_log_level;
+
+/* Receives one line without a newline. May be called from the thread that called into the library. */
+typedef void (*quarry_log_fn)(quarry_log_level level, const char *line, void *data);
+
+/* Called between pieces of work (many times a second): done and total in tokens. Return false to cancel. */
+typedef bool (*quarry_progress_fn)(int64_t done, int64_t total, void *data);
+
+/* Receives generated text, whole UTF-8 characters only, not NUL-terminated. Return false to stop. */
+typedef bool (*quarry_text_fn)(const char *text, size_t n_bytes, void *data);
+
+/* Progress and cancellation for a call that takes long. A NULL pointer to it means neither. */
+typedef struct quarry_watch {
+    quarry_progress_fn progress;
+    void *data;
+} quarry_watch;
+
+/* ---- model ----------------------------------------------------------------------------------------------------- */
+
+typedef struct quarry_model quarry_model;
+
+typedef struct quarry_model_params {
+    int n_threads;          /* 0: one per available core */
+    bool no_mmap;           /* read the file instead of mapping it */
+    const char *chat_template; /* NULL: recognise the model's own; otherwise the name of a family, e.g. "chatml" */
+    quarry_log_fn log;      /* NULL: silent */
+    void *log_data;
+} quarry_model_params;
+
+/* Opens a GGUF file. params may be NULL. Errors: IO, FORMAT, UNSUPPORTED (architecture, block type, tokenizer), MEMORY. */
+QUARRY_API quarry_model *quarry_model_open(const char *path, const quarry_model_params *params, quarry_error *error);
+QUARRY_API void quarry_model_close(quarry_model *model);
+
+typedef struct quarry_model_info {
+    const char *name;          /* general.name, "" if absent */
+    const char *architecture;  /* "llama", "qwen2", … */
+    const char *quantization;  /* the block type that holds most weights, e.g. "Q4_1" */
+    const char *chat_template; /* recognised family, "" if none */
+    const char *tokenizer;     /* e.g. "gpt2/smollm" */
+    const char *kernels;       /* kernels chosen for this processor, e.g. "avx512vnni" */
+    int n_layer, n_head, n_head_kv, head_dim, n_embd, n_vocab, n_threads;
+    int64_t n_ctx_train;       /* tokens of context the model was trained for */
+    int64_t n_params;
+    size_t weight_bytes;       /* memory the weights take */
+    size_t kv_bytes_per_token; /* memory one token's K|V rows take, all layers */
+} quarry_model_info;
+
+QUARRY_API void quarry_model_get_info(const quarry_model *model, quarry_model_info *info);
+
+/* ---- tokens ---------------------------------------------------------------------------------------------------- */
+
+/* Tokenises n_bytes of text into a new array, freed with quarry_free. with_special: add what the model expects at the start
+ * (BOS) and recognise special tokens written out, e.g. "<|im_end|>". Returns the number of tokens, or a negative code. */
+QUARRY_API int64_t quarry_tokenize(const quarry_model *model, const char *text, size_t n_bytes, bool with_special, int32_t **tokens, quarry_error *error);
+
+/* The bytes of one token (may be part of a character). Special tokens give their written form. Lives as long as the model. */
+QUARRY_API const char *quarry_token_text(const quarry_model *model, int32_t token, size_t *n_bytes);
+
+/* True for tokens that end an answer (EOS, EOT). */
+QUARRY_API bool quarry_token_ends(const quarry_model *model, int32_t token);
+
+QUARRY_API void quarry_free(void *memory);
+
+typedef struct quarry_document {
+    const char *name; /* for messages and citations; may be NULL */
+    const char *text;
+    size_t n_bytes;
+} quarry_document;
+
+/* A question over documents through the model's chat template, as two token arrays (freed with quarry_free): `context` is all up to
+ * the end of the documents, `question` the rest, so that a document's tokens do not depend on the question. system may be NULL. */
+typedef struct quarry_prompt {
+    int32_t *context, *question;
+    int64_t n_context, n_question;
+} quarry_prompt;
+
+QUARRY_API int quarry_prompt_build(const quarry_model *model, const quarry_document *documents, int n_documents, const char *system, const char *question, quarry_prompt *prompt, quarry_error *error);
+QUARRY_API void quarry_prompt_free(quarry_prompt *prompt);
+
+/* ---- session --------------------------------------------------------------------------------------------------- */
+
+typedef struct quarry_session quarry_session;
+
+typedef struct quarry_session_params {
+    int64_t n_ctx;    /* most tokens the session may hold; 0: what the model was trained for. Memory is taken as tokens come. */
+    const char *attn; /* retrieval policy, "name[:option=value,…]"; NULL: "ivfpq". See `quarry info --attn`. */
+    int n_batch;      /* tokens per forward pass while reading; 0: 512 */
+    bool kv_f32;      /* keep keys and values in f32 instead of f16: twice the memory, for comparing with references */
+} quarry_session_params;
+
+QUARRY_API quarry_session *quarry_session_open(quarry_model *model, const quarry_session_params *params, quarry_error *error);
+QUARRY_API void quarry_session_close(quarry_session *session);
+
+/* An independent session in the same state. Full KV pages and sealed index segments are shared, not copied. */
+QUARRY_API quarry_session *quarry_session_fork(const quarry_session *session, quarry_error *error);
+
+/* Appends tokens with dense attention, indexing keys as they leave the local window, and seals the index at the end.
+ * Error CONTEXT (nothing is read) if they do not fit. After CANCELLED the session holds the tokens read so far. */
+QUARRY_API int quarry_session_read(quarry_session *session, const int32_t *tokens, int64_t n, const quarry_watch *watch, quarry_error *error);
+
+/* Appends tokens with the session's retrieval policy (a question, a generated token). Errors as quarry_session_read. */
+QUARRY_API int quarry_session_feed(quarry_session *session, const int32_t *tokens, int64_t n, const quarry_watch *watch, quarry_error *error);
+
+/* Logits [n_vocab] for the token after the last one; NULL before anything was read. Valid until the next call on the session. */
+QUARRY_API const float *quarry_session_logits(const quarry_session *session);
+
+/* Number of tokens held, and the tokens themselves [length]. */
+QUARRY_API int64_t quarry_session_length(const quarry_session *session);
+QUARRY_API const int32_t *quarry_session_tokens(const quarry_session *session);
+
+/* Keeps the first n_tokens and forgets the rest; logits are undefined until the next read or feed. */
+QUARRY_API int quarry_session_truncate(quarry_session *session, int64_t n_tokens, quarry_error *error);
+
+/* Length of the longest common prefix of the session's tokens and the given ones. */
+QUARRY_API int64_t quarry_session_common_prefix(const quarry_session *session, const int32_t *tokens, int64_t n);
+
+typedef struct quarry_sampling {
+    float temperature;    /* <= 0: greedy */
+    int top_k;            /* <= 0: off */
+    float top_p, min_p;   /* 1 and 0: off */
+    float repeat_penalty; /* 1: off */
+    int repeat_last_n;    /* tokens the penalty looks back */
+    uint64_t seed;
+    int64_t max_tokens;   /* < 0: until the context is full */
+    const char *const *stop; /* stop strings, not part of the answer */
+    int n_stop;
+    const int32_t *bias_tokens; /* logit bias: bias_values[i] is added to the logit of bias_tokens[i] */
+    const float *bias_values;
+    int n_bias;
+    bool ignore_eos;
+} quarry_sampling;
+
+/* Defaults: greedy, repeat_penalty 1, max_tokens -1. */
+QUARRY_API void quarry_sampling_default(quarry_sampling *sampling);
+
+typedef enum quarry_stop_reason { QUARRY_STOP_END, QUARRY_STOP_STRING, QUARRY_STOP_LENGTH, QUARRY_STOP_CONTEXT, QUARRY_STOP_CALLBACK } quarry_stop_reason;
+
+/* Generates after the last token, streaming text. Tokens generated become part of the session. Returns 0 or a negative code;
+ * *reason (may be NULL) tells why it stopped. */
+QUARRY_API int quarry_session_generate(quarry_session *session, const quarry_sampling *sampling, quarry_text_fn on_text, void *data, quarry_stop_reason *reason, quarry_error *error);
+
+typedef struct quarry_stats {
+    int64_t n_read, n_fed, n_generated;          /* tokens: dense, question, answer */
+    double read_seconds, feed_seconds, generate_seconds;
+    double kv_bytes_per_step;                    /* mean bytes of KV and index read per generated token */
+    double kv_bytes_full;                        /* what full attention would have read */
+    size_t kv_bytes, index_bytes, scratch_bytes; /* memory held now */
+} quarry_stats;
+
+QUARRY_API void quarry_session_get_stats(const quarry_session *session, quarry_stats *stats);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

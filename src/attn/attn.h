@@ -1,0 +1,125 @@
+/* attn: dense attention, and retrieval policies behind one interface (one file each).
+ *
+ * A token's rows, as a query at position pos sees them:
+ *
+ *     [0, n_sink)        sinks: always read
+ *     [n_sink, n_far)    far tokens: in the policy's key index, read if selected, else estimated by the tail (or dropped)
+ *     [n_far, pos]       local: at least n_window tokens, always read
+ */
+#ifndef ATTN_ATTN_H
+#define ATTN_ATTN_H
+
+#include "base/base.h"
+#include "kv/kv.h"
+#include "math/math.h"
+
+enum {
+    ATTN_SINKS = 8,
+    ATTN_WINDOW = 64,
+    ATTN_BLOCK = 32,       /* tokens move from the window to the index in blocks of this size */
+    ATTN_HEAD_MULTIPLE = 8 /* head_dim must be a multiple */
+};
+
+typedef struct attn_shape {
+    kv_shape kv;
+    int n_head;    /* query heads; group = n_head / n_head_kv */
+    float scale;   /* 1 / sqrt(head_dim) */
+} attn_shape;
+
+/* ---- policies ---- */
+
+typedef struct attn_policy attn_policy;
+
+/* What one attention step read, in bytes: the statistics of `select` and `tail`. */
+typedef struct attn_cost {
+    int64_t index_bytes; /* codes, clusters */
+    int64_t rows;        /* K|V rows: sinks + selected + local */
+} attn_cost;
+
+/* Selection of one (layer, KV head) for one query position; memory belongs to the thread's scratch. */
+typedef struct attn_selection {
+    int32_t *ids;  /* [n] positions of far tokens, ascending */
+    int64_t n;
+    bool all;      /* every far token (ids unused) */
+} attn_selection;
+
+/* A policy is a table of functions over a state that covers all layers and KV heads of one session. Functions marked (parallel) may be called at the same time for different
+ * (layer, head), never twice for the same one. q is post-RoPE, not scaled. Positions are absolute. */
+typedef struct attn_policy_type {
+    const char *name, *summary;
+    const char *options; /* "budget=0.03 share of far tokens read; …": one per line, for `quarry info --attn` */
+    /* spec: the part after "name:", may be "". Error ARGUMENT names the option. */
+    attn_policy *(*create)(const attn_shape *shape, const math_kernels *kernels, const char *spec, quarry_error *error);
+    void (*destroy)(attn_policy *p);
+    attn_policy *(*fork)(const attn_policy *p, quarry_error *error); /* shares sealed segments */
+    /* (parallel) Queries seen while reading, every one: q[n][group][d] of positions first … first+n-1, for H. May be NULL. */
+    void (*observe)(attn_policy *p, int layer, int head, const float *q, int64_t first, int64_t n);
+    /* Before the parallel appends of one step: n_far becomes n_far + n in every (layer, head); allocates, so that append cannot fail. */
+    quarry_code (*reserve)(attn_policy *p, int64_t n, quarry_error *error);
+    /* (parallel) Tokens n_far … n_far+n-1 left the window; their rows are in kv. n is a multiple of ATTN_BLOCK except before a seal. scratch is the calling thread's. */
+    void (*append)(attn_policy *p, int layer, int head, const kv_seq *kv, int64_t n, arena *scratch);
+    /* After the appends. */
+    void (*commit)(attn_policy *p, int64_t n);
+    /* (parallel) End of prompt: close the open segment. Same calling pattern as append: reserve_seal, then seal for every (layer, head), then commit_seal. */
+    quarry_code (*reserve_seal)(attn_policy *p, quarry_error *error);
+    void (*seal)(attn_policy *p, int layer, int head, const kv_seq *kv, arena *scratch);
+    void (*commit_seal)(attn_policy *p);
+    /* (parallel, const) Far tokens for q[group][d] of a query at pos: one selection for the group. QUARRY_ERROR_MEMORY when scratch cannot grow. */
+    quarry_code (*select)(const attn_policy *p, int layer, int head, const float *q, int64_t pos, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error);
+    /* (parallel, const) Adds an estimate of the far tokens not selected to state[group]; called after the selected rows were added. scores[group][n]: their scaled scores; rows[n]. May be NULL: dropped. Uses
+     * what select left in the same scratch. */
+    void (*tail)(const attn_policy *p, int layer, int head, const float *q, const attn_selection *sel, const float *scores, const void *const *rows, arena *scratch, attention_state *state, attn_cost *cost);
+    /* Forget positions >= n (n may lie inside a sealed segment: only live tokens are selected and estimated). */
+    void (*truncate)(attn_policy *p, int64_t n);
+    size_t (*bytes)(const attn_policy *p);
+} attn_policy_type;
+
+/* Every policy's state starts with this. */
+struct attn_policy {
+    const attn_policy_type *type;
+    attn_shape shape;
+    const math_kernels *kernels;
+    int64_t n_far; /* end of the far tokens: positions [ATTN_SINKS, n_far) are indexed; starts at ATTN_SINKS */
+};
+
+/* All policies, NULL-terminated, the default first. */
+extern const attn_policy_type *const attn_policies[];
+/* spec is "name" or "name:option=value,…". Error ARGUMENT: unknown name (lists the known), unknown option, bad value. */
+attn_policy *attn_policy_create(const char *spec, const attn_shape *shape, const math_kernels *kernels, quarry_error *error);
+void attn_policy_destroy(attn_policy *p); /* NULL allowed */
+
+/* Option strings: reads "key=value" pairs into fields. */
+typedef struct attn_option {
+    const char *key;
+    double *value;
+    double min, max;
+} attn_option;
+quarry_code attn_options_parse(const char *policy, const char *spec, const attn_option *options, int n_options, quarry_error *error);
+
+/* ---- keeping the index: what a session calls after rows were committed ---- */
+
+/* Moves tokens that left the window (positions < length - ATTN_WINDOW) into the index, in blocks. Parallel over (layer, head). */
+quarry_code attn_index_advance(attn_policy *p, const kv_seq *kv, thread_pool *pool, arena *scratch /*[threads]*/, quarry_error *error);
+/* The same to the last token outside the window, and closes the open segment. */
+quarry_code attn_index_seal(attn_policy *p, const kv_seq *kv, thread_pool *pool, arena *scratch, quarry_error *error);
+
+/* ---- attention of one layer: what the forward pass calls ---- */
+
+typedef struct attn_row {
+    const kv_seq *kv;
+    attn_policy *policy; /* NULL: dense, nothing observed */
+    int64_t pos;         /* rows [0, pos] of kv are written in this layer */
+    bool dense;          /* read everything although there is a policy (reading a document) */
+} attn_row;
+
+typedef struct attn_context {
+    const math_kernels *kernels;
+    thread_pool *pool;
+    arena *scratch; /* [thread_pool_size], one per thread */
+} attn_context;
+
+/* out[n][n_head][d] = attention of q[n][n_head][d] (post-RoPE, unscaled). Consecutive dense rows of one kv with consecutive positions are tiled together. Adds to cost[n] if
+ * not NULL. The result does not depend on the number of threads. */
+quarry_code attn_forward(const attn_context *c, const attn_shape *shape, int layer, const attn_row *rows, int64_t n, const float *q, float *out, attn_cost *cost, quarry_error *error);
+
+#endif

@@ -1,0 +1,14 @@
+/* base: errors, logs, memory arenas, threads, CPU features, random numbers, files. Depends on nothing above it. */
+#ifndef BASE_H
+#define BASE_H
+
+#include "base/arena.h"
+#include "base/cpu.h"
+#include "base/error.h"
+#include "base/file.h"
+#include "base/log.h"
+#include "base/memory.h"
+#include "base/random.h"
+#include "base/threads.h"
+
+#endif

@@ -1,0 +1,52 @@
+/* kv: the keys and values of one timeline of tokens, in pages.
+ *
+ * A page holds KV_PAGE tokens of one layer; within it each KV head has its rows side by side, so that a head's rows are contiguous:
+ *
+ *     page: [head 0: KV_PAGE rows][head 1: KV_PAGE rows] …      row: [K d][V d] (math/attention.h)
+ *
+ * Pages are reference-counted: a fork shares them, and a page that is shared is copied before it is written. */
+#ifndef KV_KV_H
+#define KV_KV_H
+
+#include "base/base.h"
+#include "math/math.h"
+
+enum { KV_PAGE = 256 };
+
+typedef struct kv_shape {
+    int n_layer, n_head_kv, head_dim;
+    kv_type type;
+} kv_shape;
+
+typedef struct kv_seq kv_seq;
+
+kv_seq *kv_create(const kv_shape *shape, quarry_error *error);
+void kv_destroy(kv_seq *kv);
+kv_seq *kv_fork(const kv_seq *kv, quarry_error *error); /* shares pages; as long as the original at this moment */
+
+const kv_shape *kv_shape_of(const kv_seq *kv);
+int64_t kv_length(const kv_seq *kv); /* tokens whose rows are valid in every layer */
+
+/* Makes rows [0, n) addressable and [kv_length, n) writable (copies a shared last page). On error nothing changed. */
+quarry_code kv_reserve(kv_seq *kv, int64_t n, quarry_error *error);
+/* After all layers wrote rows up to n: they count now. n <= reserved. */
+void kv_commit(kv_seq *kv, int64_t n);
+/* Forgets rows from n on and frees pages that hold none. */
+void kv_truncate(kv_seq *kv, int64_t n);
+
+/* The row of token position pos; rows of the same page and head follow each other. */
+void *kv_row(const kv_seq *kv, int layer, int head, int64_t pos);
+/* The same, and how many rows from there on are contiguous (up to the page's end). */
+static inline int64_t kv_run(int64_t pos)
+{
+    return KV_PAGE - pos % KV_PAGE;
+}
+/* Writes one token's key and value (f32) as a row of the sequence's type. */
+void kv_write(const math_kernels *kernels, void *row, const kv_shape *shape, const float *k, const float *v);
+/* key[d] or value[d] of a row as f32. */
+void kv_read_key(const math_kernels *kernels, const void *row, const kv_shape *shape, float *key);
+void kv_read_value(const math_kernels *kernels, const void *row, const kv_shape *shape, float *value);
+
+size_t kv_bytes(const kv_seq *kv); /* memory of its pages, shared ones counted whole */
+
+#endif

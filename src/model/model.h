@@ -1,0 +1,51 @@
+/* model: architectures as data, and one forward pass that serves prefill, decode and batches of several sessions. Knows kv sequences, not sessions. */
+#ifndef MODEL_MODEL_H
+#define MODEL_MODEL_H
+
+#include "attn/attn.h"
+#include "base/base.h"
+#include "gguf/gguf.h"
+#include "kv/kv.h"
+#include "math/math.h"
+#include "text/text.h"
+
+/* Dimensions, all from the file's metadata. */
+typedef struct model_shape {
+    int n_layer, n_head, n_head_kv, head_dim, n_rot;
+    int64_t n_embd, n_ff, n_vocab, n_ctx_train;
+    float rms_eps, rope_base;
+} model_shape;
+
+/* The public quarry_model is this room's type. */
+const model_shape *model_shape_of(const quarry_model *m);
+const tokenizer *model_tokenizer(const quarry_model *m);
+/* The recognised chat family; NULL with error UNSUPPORTED if the file's template is unknown or absent. */
+const chat_template *model_chat(const quarry_model *m, quarry_error *error);
+const char *model_chat_text(const quarry_model *m); /* the Jinja source, NULL if absent */
+const math_kernels *model_kernels(const quarry_model *m);
+thread_pool *model_pool(const quarry_model *m);
+attn_shape model_attn_shape(const quarry_model *m, kv_type type);
+
+/* One token of one timeline. Rows of one kv come in order of position, starting at its length. */
+typedef struct forward_row {
+    kv_seq *kv;
+    attn_policy *policy; /* NULL: dense */
+    int64_t pos;
+    int32_t token;
+    bool dense;  /* read all of the cache (a document), though policy observes */
+    bool logits; /* wanted for this row */
+} forward_row;
+
+/* Scratch memory of forward passes; one per session (or batch), reused. */
+typedef struct forward_scratch forward_scratch;
+forward_scratch *forward_scratch_create(const quarry_model *m, quarry_error *error);
+void forward_scratch_destroy(forward_scratch *s);
+size_t forward_scratch_bytes(const forward_scratch *s);
+arena *forward_scratch_threads(forward_scratch *s); /* [pool size] arenas, for attn_index_* */
+
+/* Runs rows through all layers, writes their K|V rows, and puts the logits of the rows that want them, in order, into logits[·][n_vocab]. cost[n], if not NULL, receives bytes
+ * read per row. cancel, if not NULL, is asked between layers. On success kv lengths are committed; on any error they are as before. Passes over one model are serialised. */
+typedef bool (*forward_cancel_fn)(void *data);
+quarry_code model_forward(quarry_model *m, forward_scratch *s, const forward_row *rows, int64_t n, float *logits, attn_cost *cost, forward_cancel_fn cancel, void *data, quarry_error *error);
+
+#endif
