@@ -1,0 +1,41 @@
+/* gen: sessions, sampling, stop conditions. The public quarry_session is this room's type; below is what evaluation and benchmarks need beyond the public header. */
+#ifndef GEN_GEN_H
+#define GEN_GEN_H
+
+#include "base/base.h"
+#include "model/model.h"
+
+/* ---- sessions with several policies: a document is read once and asked under each ---- */
+
+/* As quarry_session_open, with n_policies specs (first one active); every policy observes and indexes while the session reads. */
+quarry_session *session_open_policies(quarry_model *model, const quarry_session_params *params, const char *const *specs, int n_policies, quarry_error *error);
+/* Makes policy i answer from now on. Forks keep all policies. */
+void session_use_policy(quarry_session *session, int i);
+/* A fork that keeps only policy i. */
+quarry_session *session_fork_policy(const quarry_session *session, int i, quarry_error *error);
+const attn_policy *session_policy(const quarry_session *session);
+/* Lets a session grow past the length the model was trained for (benchmarks: speed means something there, answers do not): set n_ctx in params; this only lifts the check. */
+void session_allow_beyond_training(quarry_session *session);
+
+/* Feeds tokens (sparse) and copies the logits after each of them to logits[n][n_vocab]: teacher forcing. */
+quarry_code session_feed_logits(quarry_session *session, const int32_t *tokens, int64_t n, float *logits, quarry_error *error);
+
+/* ---- sampling ---- */
+
+typedef struct sampler sampler;
+/* Copies *params; checks them (error ARGUMENT names the field). */
+sampler *sampler_create(const quarry_sampling *params, int64_t n_vocab, quarry_error *error);
+void sampler_destroy(sampler *s);
+/* The next token for logits[n_vocab]; recent[n_recent]: tokens so far, newest last (repetition penalty). Order as llama.cpp: bias, penalty, top-k, top-p, min-p, temperature, draw. Ties go to the lower id. */
+int32_t sampler_next(sampler *s, const float *logits, const int32_t *recent, int64_t n_recent);
+
+/* Holds back text that may be the beginning of a stop string. */
+typedef struct stop_matcher stop_matcher;
+stop_matcher *stop_matcher_create(const char *const *stop, int n_stop, quarry_error *error);
+void stop_matcher_destroy(stop_matcher *m);
+/* Takes text[n]; *out (owned by the matcher, valid until the next call) receives what may be shown now. Returns true when a stop string was completed: *out then ends before it. */
+bool stop_matcher_push(stop_matcher *m, const char *text, size_t n, const char **out, size_t *n_out, quarry_error *error);
+/* What was held back and is no stop string after all. */
+void stop_matcher_flush(stop_matcher *m, const char **out, size_t *n_out);
+
+#endif
