@@ -64,7 +64,7 @@ typedef struct attn_policy_type {
     quarry_code (*reserve_seal)(attn_policy *p, quarry_error *error);
     void (*seal)(attn_policy *p, int layer, int head, const kv_seq *kv, arena *scratch);
     void (*commit_seal)(attn_policy *p);
-    /* (parallel, const) Far tokens for q[group][d] of a query at pos: one selection for the group. QUARRY_ERROR_MEMORY when scratch cannot grow. */
+    /* NULL: every far token, always (`full`). (parallel, const) Far tokens for q[group][d] of a query at pos: one selection for the group. QUARRY_ERROR_MEMORY when scratch cannot grow. */
     quarry_code (*select)(const attn_policy *p, int layer, int head, const float *q, int64_t pos, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error);
     /* (parallel, const) Adds an estimate of the far tokens not selected to state[group]; called after the selected rows were added. scores[group][n]: their scaled scores; rows[n]. May be NULL: dropped. Uses
      * what select left in the same scratch. */
@@ -79,7 +79,8 @@ struct attn_policy {
     const attn_policy_type *type;
     attn_shape shape;
     const math_kernels *kernels;
-    int64_t n_far; /* end of the far tokens: positions [ATTN_SINKS, n_far) are indexed; starts at ATTN_SINKS */
+    int64_t n_far;       /* end of the far tokens: positions [ATTN_SINKS, n_far) are indexed; starts at ATTN_SINKS */
+    attn_policy *also;   /* further policies of the same session, that observe and index too; the session's, NULL at the end */
 };
 
 /* All policies, NULL-terminated, the default first. */
@@ -98,7 +99,7 @@ quarry_code attn_options_parse(const char *policy, const char *spec, const attn_
 
 /* ---- keeping the index: what a session calls after rows were committed ---- */
 
-/* Moves tokens that left the window (positions < length - ATTN_WINDOW) into the index, in blocks. Parallel over (layer, head). */
+/* Moves tokens that left the window (positions < length - ATTN_WINDOW) into the index of p and its companions (also), in blocks. Parallel over (layer, head). */
 quarry_code attn_index_advance(attn_policy *p, const kv_seq *kv, thread_pool *pool, arena *scratch /*[threads]*/, quarry_error *error);
 /* The same to the last token outside the window, and closes the open segment. */
 quarry_code attn_index_seal(attn_policy *p, const kv_seq *kv, thread_pool *pool, arena *scratch, quarry_error *error);
@@ -116,6 +117,7 @@ typedef struct attn_context {
     const math_kernels *kernels;
     thread_pool *pool;
     arena *scratch; /* [thread_pool_size], one per thread */
+    arena *shared;  /* of the calling thread, for the length of one attn_forward */
 } attn_context;
 
 /* out[n][n_head][d] = attention of q[n][n_head][d] (post-RoPE, unscaled). Consecutive dense rows of one kv with consecutive positions are tiled together. Adds to cost[n] if

@@ -1,0 +1,327 @@
+/* Attention of one layer. The rows of a forward pass fall into three kinds of task:
+ *
+ *   tile    a block of consecutive dense rows of one timeline x one KV head, over all keys in tiles (prefill)
+ *   split   one row x one KV head x SPLIT keys, everything read (decode with `full`); partial states are merged in order
+ *   search  one row x one KV head: select, gather, tail (decode with a policy)
+ *
+ * How the work is cut depends on the rows alone, never on the number of threads, so neither does the result. */
+#include <math.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#include "attn/attn.h"
+
+enum {
+    TILE_VECTORS = 192, /* query vectors of a tile task: converting a key tile to f32 is then about 1 % of the work */
+    SPLIT = 2048,       /* keys of a split task */
+    TILE_FROM = 4,      /* shortest run of dense rows that is tiled */
+};
+
+typedef struct attn_task {
+    enum { TASK_TILE, TASK_SPLIT, TASK_SEARCH } kind;
+    int head;
+    int64_t row, n_rows;  /* rows of the batch */
+    int64_t first, end;   /* split: keys */
+    attention_state part; /* split: state of this part, in shared scratch */
+} attn_task;
+
+typedef struct attn_pass {
+    const attn_context *c;
+    const attn_shape *shape;
+    int layer, group, d;
+    const attn_row *rows;
+    const float *q; /* [n][n_head][d] */
+    float *out;     /* [n][n_head][d] */
+    attn_cost *costs; /* [n][n_head_kv] or NULL */
+    attn_task *tasks;
+    int64_t n_tasks, capacity;
+    atomic_bool failed;
+    quarry_error error; /* of the first task that failed */
+} attn_pass;
+
+static const float *query_of(const attn_pass *p, int64_t row, int head)
+{
+    return p->q + ((row * p->shape->n_head) + (int64_t)head * p->group) * p->d;
+}
+
+static float *out_of(const attn_pass *p, int64_t row, int head)
+{
+    return p->out + ((row * p->shape->n_head) + (int64_t)head * p->group) * p->d;
+}
+
+static bool state_alloc(attention_state *s, int g, int d, arena *scratch, quarry_error *error)
+{
+    s->m = arena_alloc(scratch, (size_t)g, sizeof(float), error);
+    s->l = arena_alloc(scratch, (size_t)g, sizeof(float), error);
+    s->o = arena_alloc(scratch, (size_t)g * (size_t)d, sizeof(float), error);
+    if (!s->m || !s->l || !s->o) return false;
+    attention_clear(s, g, d);
+    return true;
+}
+
+/* q[g][d] times scale, in scratch. */
+static float *scaled_query(const attn_pass *p, int64_t row, int head, arena *scratch, quarry_error *error)
+{
+    int64_t n = (int64_t)p->group * p->d;
+    float *q = arena_alloc(scratch, (size_t)n, sizeof *q, error);
+    const float *from = query_of(p, row, head);
+    if (q)
+        for (int64_t i = 0; i < n; i++) q[i] = from[i] * p->shape->scale;
+    return q;
+}
+
+/* out[g][d] = o / l */
+static void write_out(const attention_state *s, int g, int d, float *out)
+{
+    for (int h = 0; h < g; h++) {
+        float inverse = s->l[h] > 0 ? 1 / s->l[h] : 0;
+        for (int i = 0; i < d; i++) out[h * d + i] = s->o[h * d + i] * inverse;
+    }
+}
+
+static void add_cost(const attn_pass *p, int64_t row, int head, int64_t n_rows, int64_t index_bytes)
+{
+    if (!p->costs) return;
+    attn_cost *cost = &p->costs[row * p->shape->kv.n_head_kv + head];
+    cost->rows += n_rows;
+    cost->index_bytes += index_bytes;
+}
+
+static quarry_code run_tile(attn_pass *p, const attn_task *t, arena *scratch, quarry_error *error)
+{
+    int g = p->group, d = p->d, nq = (int)t->n_rows * g;
+    const attn_row *rows = p->rows + t->row;
+    float *q = arena_alloc(scratch, (size_t)nq * (size_t)d, sizeof *q, error);
+    int *limit = arena_alloc(scratch, (size_t)nq, sizeof *limit, error);
+    void *kernel_scratch = arena_alloc(scratch, attention_tile_scratch(nq, d), 1, error);
+    attention_state state;
+    if (!q || !limit || !kernel_scratch || !state_alloc(&state, nq, d, scratch, error)) return QUARRY_ERROR_MEMORY;
+    for (int64_t r = 0; r < t->n_rows; r++) {
+        const float *from = query_of(p, t->row + r, t->head);
+        for (int64_t i = 0; i < (int64_t)g * d; i++) q[r * g * d + i] = from[i] * p->shape->scale;
+    }
+    int64_t end = rows[t->n_rows - 1].pos + 1;
+    for (int64_t first = 0; first < end; first += ATTENTION_TILE) {
+        int n = end - first < ATTENTION_TILE ? (int)(end - first) : ATTENTION_TILE;
+        for (int i = 0; i < nq; i++) {
+            int64_t seen = rows[i / g].pos + 1 - first;
+            limit[i] = seen < 0 ? 0 : seen > n ? n : (int)seen;
+        }
+        const void *keys = kv_row(rows->kv, p->layer, t->head, first);
+        p->c->kernels->attention->tile(q, limit, nq, d, p->shape->kv.type, keys, n, kernel_scratch, &state);
+    }
+    for (int64_t r = 0; r < t->n_rows; r++) {
+        attention_state part = {state.m + r * g, state.l + r * g, state.o + r * g * d};
+        write_out(&part, g, d, out_of(p, t->row + r, t->head));
+        add_cost(p, t->row + r, t->head, rows[r].pos + 1, 0);
+    }
+    return QUARRY_OK;
+}
+
+/* Pointers to rows [first, end) appended at list[n]; returns the new n. */
+static int64_t list_range(const attn_pass *p, const attn_row *row, int head, int64_t first, int64_t end, const void **list, int64_t n)
+{
+    size_t bytes = kv_row_bytes(p->shape->kv.type, p->d);
+    while (first < end) {
+        int64_t run = kv_run(first);
+        if (run > end - first) run = end - first;
+        const char *data = kv_row(row->kv, p->layer, head, first);
+        for (int64_t i = 0; i < run; i++) list[n++] = data + (size_t)i * bytes;
+        first += run;
+    }
+    return n;
+}
+
+static quarry_code run_range(attn_pass *p, const attn_row *row, int head, const float *q, int64_t first, int64_t end, arena *scratch,
+                             attention_state *state, quarry_error *error)
+{
+    const void **list = arena_alloc(scratch, (size_t)(end - first), sizeof *list, error);
+    if (!list) return QUARRY_ERROR_MEMORY;
+    int64_t n = list_range(p, row, head, first, end, list, 0);
+    p->c->kernels->attention->rows(q, p->group, p->d, p->shape->kv.type, list, n, NULL, state);
+    return QUARRY_OK;
+}
+
+static quarry_code run_split(attn_pass *p, attn_task *t, arena *scratch, quarry_error *error)
+{
+    const float *q = scaled_query(p, t->row, t->head, scratch, error);
+    if (!q) return QUARRY_ERROR_MEMORY;
+    add_cost(p, t->row, t->head, t->first == 0 ? p->rows[t->row].pos + 1 : 0, 0);
+    return run_range(p, &p->rows[t->row], t->head, q, t->first, t->end, scratch, &t->part, error);
+}
+
+static quarry_code run_search(attn_pass *p, const attn_task *t, arena *scratch, quarry_error *error)
+{
+    const attn_row *row = &p->rows[t->row];
+    attn_policy *policy = row->policy;
+    int g = p->group, d = p->d;
+    attn_selection selected = {0};
+    attn_cost cost = {0};
+    attention_state state;
+    const float *raw = query_of(p, t->row, t->head), *q = scaled_query(p, t->row, t->head, scratch, error);
+    if (!q || !state_alloc(&state, g, d, scratch, error)) return QUARRY_ERROR_MEMORY;
+    quarry_code code = policy->type->select(policy, p->layer, t->head, raw, row->pos, scratch, &selected, &cost, error);
+    if (code != QUARRY_OK) return code;
+    int64_t far_end = policy->n_far < row->pos + 1 ? policy->n_far : row->pos + 1, sinks = far_end < ATTN_SINKS ? far_end : ATTN_SINKS;
+    if (selected.all) {
+        if ((code = run_range(p, row, t->head, q, 0, row->pos + 1, scratch, &state, error)) != QUARRY_OK) return code;
+        cost.rows = row->pos + 1;
+    } else {
+        int64_t n_near = sinks + row->pos + 1 - far_end;
+        const void **list = arena_alloc(scratch, (size_t)(n_near + selected.n), sizeof *list, error);
+        float *scores = arena_alloc(scratch, (size_t)(selected.n * g), sizeof *scores, error);
+        if (!list || !scores) return QUARRY_ERROR_MEMORY;
+        const void **far = list + n_near;
+        list_range(p, row, t->head, far_end, row->pos + 1, list, list_range(p, row, t->head, 0, sinks, list, 0));
+        for (int64_t i = 0; i < selected.n; i++) far[i] = kv_row(row->kv, p->layer, t->head, selected.ids[i]);
+        p->c->kernels->attention->rows(q, g, d, p->shape->kv.type, far, selected.n, scores, &state);
+        p->c->kernels->attention->rows(q, g, d, p->shape->kv.type, list, n_near, NULL, &state);
+        if (policy->type->tail) policy->type->tail(policy, p->layer, t->head, raw, &selected, scores, far, scratch, &state, &cost);
+        cost.rows = n_near + selected.n;
+    }
+    write_out(&state, g, d, out_of(p, t->row, t->head));
+    add_cost(p, t->row, t->head, cost.rows, cost.index_bytes);
+    return QUARRY_OK;
+}
+
+static void run_task(void *context, int64_t index, int thread)
+{
+    attn_pass *p = context;
+    attn_task *t = &p->tasks[index];
+    arena *scratch = &p->c->scratch[thread];
+    quarry_error error = {0};
+    quarry_code code;
+    arena_reset(scratch);
+    if (t->kind == TASK_TILE) code = run_tile(p, t, scratch, &error);
+    else if (t->kind == TASK_SPLIT) code = run_split(p, t, scratch, &error);
+    else code = run_search(p, t, scratch, &error);
+    if (code != QUARRY_OK && !atomic_exchange(&p->failed, true)) p->error = error;
+}
+
+static attn_task *push_task(attn_pass *p)
+{
+    return p->n_tasks < p->capacity ? &p->tasks[p->n_tasks++] : NULL;
+}
+
+static bool is_dense(const attn_row *row)
+{
+    return row->dense || !row->policy || !row->policy->type->select;
+}
+
+/* Length of the run of dense rows from `row` on that can be tiled together. */
+static int64_t dense_run(const attn_row *rows, int64_t row, int64_t n)
+{
+    int64_t end = row + 1;
+    while (end < n && is_dense(&rows[end]) && rows[end].kv == rows[row].kv && rows[end].pos == rows[end - 1].pos + 1) end++;
+    return end - row;
+}
+
+static int64_t split_count(int64_t n_keys)
+{
+    return (n_keys + SPLIT - 1) / SPLIT;
+}
+
+static quarry_code plan(attn_pass *p, int64_t n, quarry_error *error)
+{
+    int heads = p->shape->kv.n_head_kv;
+    int64_t block = TILE_VECTORS / p->group > 0 ? TILE_VECTORS / p->group : 1;
+    for (int64_t i = 0; i < n; i++) p->capacity += heads * (is_dense(&p->rows[i]) ? split_count(p->rows[i].pos + 1) : 1);
+    p->tasks = arena_alloc(p->c->shared, (size_t)p->capacity, sizeof *p->tasks, error);
+    if (!p->tasks) return QUARRY_ERROR_MEMORY;
+    for (int64_t row = 0, run; row < n; row += run) {
+        run = is_dense(&p->rows[row]) ? dense_run(p->rows, row, n) : 1;
+        if (!is_dense(&p->rows[row])) {
+            for (int h = 0; h < heads; h++) *push_task(p) = (attn_task){.kind = TASK_SEARCH, .head = h, .row = row, .n_rows = 1};
+        } else if (run >= TILE_FROM) {
+            /* The last rows see the most keys: the long tasks are claimed first, so that threads finish together. */
+            for (int64_t b = (run - 1) / block * block; b >= 0; b -= block)
+                for (int h = 0; h < heads; h++)
+                    *push_task(p) = (attn_task){.kind = TASK_TILE, .head = h, .row = row + b, .n_rows = run - b < block ? run - b : block};
+        } else {
+            run = 1;
+            int64_t keys = p->rows[row].pos + 1;
+            for (int h = 0; h < heads; h++)
+                for (int64_t first = 0; first < keys; first += SPLIT) {
+                    attn_task *t = push_task(p);
+                    *t = (attn_task){.kind = TASK_SPLIT, .head = h, .row = row, .n_rows = 1, .first = first};
+                    t->end = keys - first < SPLIT ? keys : first + SPLIT;
+                    if (!state_alloc(&t->part, p->group, p->d, p->c->shared, error)) return QUARRY_ERROR_MEMORY;
+                }
+        }
+    }
+    return QUARRY_OK;
+}
+
+/* Joins the parts of split rows, in order of keys. */
+static void merge_splits(attn_pass *p)
+{
+    for (int64_t i = 0; i < p->n_tasks; i++) {
+        attn_task *t = &p->tasks[i];
+        if (t->kind != TASK_SPLIT || t->first != 0) continue;
+        for (int64_t j = i + 1; j < p->n_tasks && p->tasks[j].first != 0; j++) attention_merge(&t->part, &p->tasks[j].part, p->group, p->d);
+        write_out(&t->part, p->group, p->d, out_of(p, t->row, t->head));
+    }
+}
+
+typedef struct observe_job {
+    const attn_pass *pass;
+    int64_t row, n;
+} observe_job;
+
+/* One KV head of a run of dense rows: gives its queries [n][group][d] to every policy that wants them. */
+static void observe_task(void *context, int64_t head, int thread)
+{
+    const observe_job *job = context;
+    const attn_pass *p = job->pass;
+    int64_t width = (int64_t)p->group * p->d;
+    arena *scratch = &p->c->scratch[thread];
+    arena_reset(scratch);
+    float *q = arena_alloc(scratch, (size_t)(job->n * width), sizeof *q, NULL);
+    if (!q) return; /* the index learns from fewer queries */
+    for (int64_t i = 0; i < job->n; i++) memcpy(q + i * width, query_of(p, job->row + i, (int)head), (size_t)width * sizeof *q);
+    for (attn_policy *policy = p->rows[job->row].policy; policy; policy = policy->also)
+        if (policy->type->observe) policy->type->observe(policy, p->layer, (int)head, q, p->rows[job->row].pos, job->n);
+}
+
+static void observe(attn_pass *p, int64_t n)
+{
+    for (int64_t row = 0, run; row < n; row += run) {
+        run = dense_run(p->rows, row, n);
+        bool wanted = false;
+        if (p->rows[row].dense)
+            for (attn_policy *policy = p->rows[row].policy; policy; policy = policy->also) wanted |= policy->type->observe != NULL;
+        observe_job job = {p, row, run};
+        if (wanted) thread_pool_run(p->c->pool, p->shape->kv.n_head_kv, observe_task, &job);
+        else run = 1;
+    }
+}
+
+quarry_code attn_forward(const attn_context *c, const attn_shape *shape, int layer, const attn_row *rows, int64_t n, const float *q, float *out,
+                         attn_cost *cost, quarry_error *error)
+{
+    attn_pass pass = {.c = c, .shape = shape, .layer = layer, .rows = rows, .q = q, .out = out};
+    pass.group = shape->n_head / shape->kv.n_head_kv;
+    pass.d = shape->kv.head_dim;
+    arena_reset(c->shared);
+    if (cost) {
+        size_t cells = (size_t)n * (size_t)shape->kv.n_head_kv;
+        pass.costs = arena_alloc(c->shared, cells, sizeof *pass.costs, error);
+        if (!pass.costs) return QUARRY_ERROR_MEMORY;
+        memset(pass.costs, 0, cells * sizeof *pass.costs);
+    }
+    quarry_code code = plan(&pass, n, error);
+    if (code != QUARRY_OK) return code;
+    observe(&pass, n);
+    thread_pool_run(c->pool, pass.n_tasks, run_task, &pass);
+    if (pass.failed) {
+        if (error) *error = pass.error;
+        return QUARRY_ERROR_MEMORY;
+    }
+    merge_splits(&pass);
+    for (int64_t i = 0; cost && i < n; i++)
+        for (int h = 0; h < shape->kv.n_head_kv; h++) {
+            cost[i].rows += pass.costs[i * shape->kv.n_head_kv + h].rows;
+            cost[i].index_bytes += pass.costs[i * shape->kv.n_head_kv + h].index_bytes;
+        }
+    return QUARRY_OK;
+}

@@ -1,0 +1,9 @@
+/* The policies of this room, one file each. */
+#ifndef ATTN_POLICIES_H
+#define ATTN_POLICIES_H
+
+#include "attn/attn.h"
+
+extern const attn_policy_type attn_ivfpq, attn_full, attn_window;
+
+#endif
