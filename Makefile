@@ -1,0 +1,34 @@
+# A thin front to CMake and the scripts.
+BUILD  ?= build
+PREFIX ?= /usr/local
+
+all:
+	@scripts/install-deps.sh --check build
+	@cmake -S . -B $(BUILD) -DCMAKE_INSTALL_PREFIX=$(PREFIX) >/dev/null
+	@cmake --build $(BUILD) --parallel
+
+demo:
+	@scripts/demo.sh
+
+check:
+	@scripts/check.sh
+
+# bench/compare.py -h tells the options; pass them as ARGS="-r 3".
+bench: all
+	@scripts/install-deps.sh demo
+	@model=$$(scripts/fetch-model.sh) && python3 bench/compare.py --quarry $(BUILD)/quarry -m "$$model" $(ARGS)
+
+install: all
+	@cmake --install $(BUILD) --prefix $(PREFIX)
+
+fuzz:
+	@scripts/install-deps.sh check
+	@scripts/fuzz.sh
+
+format:
+	@clang-format -i $$(git ls-files '*.c' '*.h')
+
+clean:
+	@rm -rf $(BUILD) build-*
+
+.PHONY: all demo check bench install fuzz format clean
