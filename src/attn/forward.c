@@ -30,8 +30,8 @@ typedef struct attn_pass {
     const attn_shape *shape;
     int layer, group, d;
     const attn_row *rows;
-    const float *q; /* [n][n_head][d] */
-    float *out;     /* [n][n_head][d] */
+    const float *q;   /* [n][n_head][d] */
+    float *out;       /* [n][n_head][d] */
     attn_cost *costs; /* [n][n_head_kv] or NULL */
     attn_task *tasks;
     int64_t n_tasks, capacity;
@@ -192,9 +192,12 @@ static void run_task(void *context, int64_t index, int thread)
     quarry_error error = {0};
     quarry_code code;
     arena_reset(scratch);
-    if (t->kind == TASK_TILE) code = run_tile(p, t, scratch, &error);
-    else if (t->kind == TASK_SPLIT) code = run_split(p, t, scratch, &error);
-    else code = run_search(p, t, scratch, &error);
+    if (t->kind == TASK_TILE)
+        code = run_tile(p, t, scratch, &error);
+    else if (t->kind == TASK_SPLIT)
+        code = run_split(p, t, scratch, &error);
+    else
+        code = run_search(p, t, scratch, &error);
     if (code != QUARRY_OK && !atomic_exchange(&p->failed, true)) p->error = error;
 }
 
@@ -291,13 +294,15 @@ static void observe(attn_pass *p, int64_t n)
         if (p->rows[row].dense)
             for (attn_policy *policy = p->rows[row].policy; policy; policy = policy->also) wanted |= policy->type->observe != NULL;
         observe_job job = {p, row, run};
-        if (wanted) thread_pool_run(p->c->pool, p->shape->kv.n_head_kv, observe_task, &job);
-        else run = 1;
+        if (wanted)
+            thread_pool_run(p->c->pool, p->shape->kv.n_head_kv, observe_task, &job);
+        else
+            run = 1;
     }
 }
 
-quarry_code attn_forward(const attn_context *c, const attn_shape *shape, int layer, const attn_row *rows, int64_t n, const float *q, float *out,
-                         attn_cost *cost, quarry_error *error)
+quarry_code attn_forward(const attn_context *c, const attn_shape *shape, int layer, const attn_row *rows, int64_t n, const float *q,
+                         float *out, attn_cost *cost, quarry_error *error)
 {
     attn_pass pass = {.c = c, .shape = shape, .layer = layer, .rows = rows, .q = q, .out = out};
     pass.group = shape->n_head / shape->kv.n_head_kv;

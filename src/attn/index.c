@@ -16,8 +16,10 @@ static void index_task(void *context, int64_t task, int thread)
     attn_policy *p = job->policy;
     int layer = (int)(task / p->shape.kv.n_head_kv), head = (int)(task % p->shape.kv.n_head_kv);
     arena_reset(&job->scratch[thread]);
-    if (job->n) p->type->append(p, layer, head, job->kv, job->n, &job->scratch[thread]);
-    else p->type->seal(p, layer, head, job->kv, &job->scratch[thread]);
+    if (job->n)
+        p->type->append(p, layer, head, job->kv, job->n, &job->scratch[thread]);
+    else
+        p->type->seal(p, layer, head, job->kv, &job->scratch[thread]);
 }
 
 static quarry_code append(attn_policy *p, const kv_seq *kv, int64_t n, thread_pool *pool, arena *scratch, quarry_error *error)

@@ -35,8 +35,8 @@ void attn_policy_destroy(attn_policy *p)
     if (p) p->type->destroy(p);
 }
 
-static quarry_code set_option(const char *policy, const char *key, size_t n_key, const char *value, size_t n_value, const attn_option *options,
-                              int n_options, quarry_error *error)
+static quarry_code set_option(const char *policy, const char *key, size_t n_key, const char *value, size_t n_value,
+                              const attn_option *options, int n_options, quarry_error *error)
 {
     char number[64], *end;
     for (int i = 0; i < n_options; i++) {
@@ -45,8 +45,8 @@ static quarry_code set_option(const char *policy, const char *key, size_t n_key,
         errno = 0;
         double x = strtod(number, &end);
         if (n_value == 0 || n_value >= sizeof number || *end || errno || !(x >= options[i].min && x <= options[i].max))
-            return error_set(error, QUARRY_ERROR_ARGUMENT, "policy %s: %s must be a number from %g to %g, not '%.*s'", policy, options[i].key,
-                             options[i].min, options[i].max, (int)n_value, value);
+            return error_set(error, QUARRY_ERROR_ARGUMENT, "policy %s: %s must be a number from %g to %g, not '%.*s'", policy,
+                             options[i].key, options[i].min, options[i].max, (int)n_value, value);
         *options[i].value = x;
         return QUARRY_OK;
     }
@@ -63,7 +63,8 @@ quarry_code attn_options_parse(const char *policy, const char *spec, const attn_
 {
     while (*spec) {
         size_t n = strcspn(spec, ","), n_key = strcspn(spec, "=,");
-        if (n_key == n) return error_set(error, QUARRY_ERROR_ARGUMENT, "policy %s: option '%.*s' needs a value (key=value)", policy, (int)n, spec);
+        if (n_key == n)
+            return error_set(error, QUARRY_ERROR_ARGUMENT, "policy %s: option '%.*s' needs a value (key=value)", policy, (int)n, spec);
         quarry_code code = set_option(policy, spec, n_key, spec + n_key + 1, n - n_key - 1, options, n_options, error);
         if (code != QUARRY_OK) return code;
         spec += n + (spec[n] == ',');

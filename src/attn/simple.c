@@ -2,7 +2,8 @@
  * (StreamingLLM, arXiv 2309.17453, without its re-positioning). */
 #include "attn/policies.h"
 
-static attn_policy *create(const attn_policy_type *type, const attn_shape *shape, const math_kernels *kernels, const char *spec, quarry_error *error)
+static attn_policy *create(const attn_policy_type *type, const attn_shape *shape, const math_kernels *kernels, const char *spec,
+                           quarry_error *error)
 {
     if (attn_options_parse(type->name, spec, NULL, 0, error) != QUARRY_OK) return NULL;
     attn_policy *p = memory_zero(1, sizeof *p, "retrieval policy", error);
@@ -46,8 +47,8 @@ static void commit(attn_policy *p, int64_t n)
     p->n_far += n;
 }
 
-static quarry_code select_nothing(const attn_policy *p, int layer, int head, const float *q, int64_t pos, arena *scratch, attn_selection *out,
-                                  attn_cost *cost, quarry_error *error)
+static quarry_code select_nothing(const attn_policy *p, int layer, int head, const float *q, int64_t pos, arena *scratch,
+                                  attn_selection *out, attn_cost *cost, quarry_error *error)
 {
     (void)p, (void)layer, (void)head, (void)q, (void)pos, (void)scratch, (void)cost, (void)error;
     *out = (attn_selection){0};

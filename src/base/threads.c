@@ -154,8 +154,10 @@ void thread_pool_run(thread_pool *p, int64_t n_tasks, task_fn fn, void *context)
     }
     work(p, generation, 0);
     for (int i = 0; atomic_load_explicit(&p->n_done, memory_order_acquire) < n_tasks; i++) {
-        if (i < SPINS_BEFORE_YIELD) SPIN_PAUSE();
-        else sched_yield();
+        if (i < SPINS_BEFORE_YIELD)
+            SPIN_PAUSE();
+        else
+            sched_yield();
     }
     pthread_mutex_unlock(&p->caller);
 }

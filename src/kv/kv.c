@@ -163,8 +163,10 @@ void kv_write(const math_kernels *kernels, void *row, const kv_shape *shape, con
 
 static void read_half(const math_kernels *kernels, const void *row, const kv_shape *shape, int first, float *out)
 {
-    if (shape->type == KV_F16) kernels->vector->from_f16((const uint16_t *)row + first, shape->head_dim, out);
-    else memcpy(out, (const float *)row + first, (size_t)shape->head_dim * sizeof *out);
+    if (shape->type == KV_F16)
+        kernels->vector->from_f16((const uint16_t *)row + first, shape->head_dim, out);
+    else
+        memcpy(out, (const float *)row + first, (size_t)shape->head_dim * sizeof *out);
 }
 
 void kv_read_key(const math_kernels *kernels, const void *row, const kv_shape *shape, float *key)

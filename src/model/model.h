@@ -36,6 +36,10 @@ typedef struct forward_row {
     bool logits; /* wanted for this row */
 } forward_row;
 
+/* Forward passes and index updates of the sessions of one model run one after the other: each session holds the lock for one step. */
+void model_lock(quarry_model *m);
+void model_unlock(quarry_model *m);
+
 /* Scratch memory of forward passes; one per session (or batch), reused. */
 typedef struct forward_scratch forward_scratch;
 forward_scratch *forward_scratch_create(const quarry_model *m, quarry_error *error);
@@ -44,8 +48,8 @@ size_t forward_scratch_bytes(const forward_scratch *s);
 arena *forward_scratch_threads(forward_scratch *s); /* [pool size] arenas, for attn_index_* */
 
 /* Runs rows through all layers, writes their K|V rows, and puts the logits of the rows that want them, in order, into logits[·][n_vocab]. cost[n], if not NULL, receives bytes
- * read per row. cancel, if not NULL, is asked between layers. On success kv lengths are committed; on any error they are as before. Passes over one model are serialised. */
-typedef bool (*forward_cancel_fn)(void *data);
+ * read per row. cancel, if not NULL, is asked between layers. On success kv lengths are committed; on any error they are as before. The caller holds the model's lock. */
+typedef bool (*forward_cancel_fn)(void *data); /* true: stop */
 quarry_code model_forward(quarry_model *m, forward_scratch *s, const forward_row *rows, int64_t n, float *logits, attn_cost *cost, forward_cancel_fn cancel, void *data, quarry_error *error);
 
 #endif

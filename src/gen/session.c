@@ -1,0 +1,363 @@
+#include "gen/session.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+enum { DEFAULT_BATCH = 512 };
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+/* ---- making and closing ---- */
+
+static void link_policies(quarry_session *s)
+{
+    for (int i = 0; i < s->n_policies; i++) s->policies[i]->also = i + 1 < s->n_policies ? s->policies[i + 1] : NULL;
+}
+
+static quarry_session *session_new(quarry_model *model, const quarry_session_params *params, quarry_error *error)
+{
+    quarry_session *s = memory_zero(1, sizeof *s, "session", error);
+    if (!s) return NULL;
+    s->model = model;
+    s->params = *params;
+    s->scratch = forward_scratch_create(model, error);
+    s->logits = memory_alloc((size_t)model_shape_of(model)->n_vocab, sizeof *s->logits, "logits", error);
+    if (s->scratch && s->logits) return s;
+    quarry_session_close(s);
+    return NULL;
+}
+
+static quarry_code check_params(const quarry_model *model, quarry_session_params *params, quarry_error *error)
+{
+    if (params->n_ctx == 0) params->n_ctx = model_shape_of(model)->n_ctx_train;
+    if (params->n_batch == 0) params->n_batch = DEFAULT_BATCH;
+    if (params->n_ctx < 0 || params->n_ctx > INT32_MAX)
+        return error_set(error, QUARRY_ERROR_ARGUMENT, "context size %lld is out of range", (long long)params->n_ctx);
+    if (params->n_batch < 1 || params->n_batch > 65536)
+        return error_set(error, QUARRY_ERROR_ARGUMENT, "batch size %d is out of range (1 to 65536)", params->n_batch);
+    return QUARRY_OK;
+}
+
+quarry_session *session_open_policies(quarry_model *model, const quarry_session_params *params, const char *const *specs, int n_policies,
+                                      quarry_error *error)
+{
+    quarry_session_params p = params ? *params : (quarry_session_params){0};
+    if (check_params(model, &p, error) != QUARRY_OK) return NULL;
+    if (n_policies < 1 || n_policies > SESSION_MAX_POLICIES) {
+        error_set(error, QUARRY_ERROR_ARGUMENT, "1 to %d retrieval policies at once, not %d", SESSION_MAX_POLICIES, n_policies);
+        return NULL;
+    }
+    quarry_session *s = session_new(model, &p, error);
+    if (!s) return NULL;
+    attn_shape shape = model_attn_shape(model, p.kv_f32 ? KV_F32 : KV_F16);
+    s->kv = kv_create(&shape.kv, error);
+    for (int i = 0; s->kv && i < n_policies; i++) {
+        s->policies[i] = attn_policy_create(specs[i], &shape, model_kernels(model), error);
+        if (!s->policies[i]) break;
+        s->n_policies = i + 1;
+    }
+    if (s->n_policies < n_policies) {
+        quarry_session_close(s);
+        return NULL;
+    }
+    link_policies(s);
+    return s;
+}
+
+quarry_session *quarry_session_open(quarry_model *model, const quarry_session_params *params, quarry_error *error)
+{
+    const char *spec = params && params->attn && *params->attn ? params->attn : attn_policies[0]->name;
+    return session_open_policies(model, params, &spec, 1, error);
+}
+
+void quarry_session_close(quarry_session *s)
+{
+    if (!s) return;
+    for (int i = 0; i < s->n_policies; i++) attn_policy_destroy(s->policies[i]);
+    kv_destroy(s->kv);
+    token_list_free(&s->tokens);
+    forward_scratch_destroy(s->scratch);
+    memory_free(s->logits);
+    memory_free(s);
+}
+
+static quarry_session *fork_some(const quarry_session *s, int first, int n_policies, quarry_error *error)
+{
+    quarry_session *f = session_new(s->model, &s->params, error);
+    if (!f) return NULL;
+    f->beyond_training = s->beyond_training;
+    f->has_logits = s->has_logits;
+    f->stats = s->stats;
+    f->active = s->active - first;
+    memcpy(f->logits, s->logits, (size_t)model_shape_of(s->model)->n_vocab * sizeof *f->logits);
+    if (memory_grow(&f->tokens.ids, (size_t)s->tokens.n, sizeof *f->tokens.ids, "tokens", error) != QUARRY_OK) goto fail;
+    if (s->tokens.n) memcpy(f->tokens.ids, s->tokens.ids, (size_t)s->tokens.n * sizeof *f->tokens.ids);
+    f->tokens.n = f->tokens.capacity = s->tokens.n;
+    if (!(f->kv = kv_fork(s->kv, error))) goto fail;
+    for (int i = 0; i < n_policies; i++) {
+        const attn_policy *from = s->policies[first + i];
+        f->policies[i] = from->type->fork(from, error);
+        if (!f->policies[i]) goto fail;
+        f->policies[i]->n_far = from->n_far;
+        f->n_policies = i + 1;
+    }
+    link_policies(f);
+    return f;
+fail:
+    quarry_session_close(f);
+    return NULL;
+}
+
+quarry_session *quarry_session_fork(const quarry_session *s, quarry_error *error)
+{
+    return fork_some(s, 0, s->n_policies, error);
+}
+
+quarry_session *session_fork_policy(const quarry_session *s, int i, quarry_error *error)
+{
+    quarry_session *f = fork_some(s, i, 1, error);
+    if (f) f->active = 0;
+    return f;
+}
+
+void session_use_policy(quarry_session *s, int i)
+{
+    s->active = i;
+}
+
+const attn_policy *session_policy(const quarry_session *s)
+{
+    return s->policies[s->active];
+}
+
+void session_allow_beyond_training(quarry_session *s)
+{
+    s->beyond_training = true;
+}
+
+/* ---- tokens in ---- */
+
+int64_t session_room(const quarry_session *s)
+{
+    int64_t limit = s->params.n_ctx, trained = model_shape_of(s->model)->n_ctx_train;
+    if (!s->beyond_training && limit > trained) limit = trained;
+    return limit - s->tokens.n;
+}
+
+static quarry_code check_room(const quarry_session *s, int64_t n, quarry_error *error)
+{
+    int64_t room = session_room(s), trained = model_shape_of(s->model)->n_ctx_train, needed = s->tokens.n + n;
+    if (n <= room) return QUARRY_OK;
+    if (!s->beyond_training && needed > trained)
+        return error_set(
+            error, QUARRY_ERROR_CONTEXT,
+            "%lld tokens do not fit: the model was trained for a context of %lld; use a shorter document or a model with a longer context",
+            (long long)needed, (long long)trained);
+    return error_set(error, QUARRY_ERROR_CONTEXT,
+                     "%lld tokens do not fit the context of %lld; enlarge it with -c (the model was trained for %lld)", (long long)needed,
+                     (long long)s->params.n_ctx, (long long)trained);
+}
+
+typedef struct step {
+    bool dense;
+    int64_t done, total; /* for progress */
+    const quarry_watch *watch;
+    float *all_logits; /* [n][n_vocab], or NULL: only the last row's, into the session */
+    attn_cost cost;    /* of these rows */
+} step;
+
+static bool cancelled(void *data)
+{
+    const step *st = data;
+    return st->watch && st->watch->progress && !st->watch->progress(st->done, st->total, st->watch->data);
+}
+
+/* Forgets the tokens from n on, in cache and index. The last ones that remain are the local window again. */
+static void forget_from(quarry_session *s, int64_t n)
+{
+    s->tokens.n = n;
+    kv_truncate(s->kv, n);
+    for (int i = 0; i < s->n_policies; i++) s->policies[i]->type->truncate(s->policies[i], n > ATTN_WINDOW ? n - ATTN_WINDOW : 0);
+    s->has_logits = false;
+}
+
+/* Forward of up to n_batch tokens, then the index follows. On error the session is as before. */
+static quarry_code run_chunk(quarry_session *s, const int32_t *tokens, int64_t n, bool last, step *st, quarry_error *error)
+{
+    int64_t first = s->tokens.n;
+    quarry_code code = QUARRY_OK;
+    forward_row *rows = memory_alloc((size_t)n, sizeof *rows, "batch", error);
+    attn_cost *cost = memory_zero((size_t)n, sizeof *cost, "batch", error);
+    if (!rows || !cost) {
+        code = QUARRY_ERROR_MEMORY;
+        goto done;
+    }
+    for (int64_t i = 0; i < n && code == QUARRY_OK; i++) code = token_list_push(&s->tokens, tokens[i], error);
+    if (code != QUARRY_OK) goto done;
+    for (int64_t i = 0; i < n; i++)
+        rows[i] = (forward_row){
+            .kv = s->kv,
+            .policy = st->dense ? s->policies[0] : s->policies[s->active],
+            .pos = first + i,
+            .token = tokens[i],
+            .dense = st->dense,
+            .logits = st->all_logits || (last && i + 1 == n),
+        };
+    arena *threads = forward_scratch_threads(s->scratch);
+    model_lock(s->model);
+    code = model_forward(s->model, s->scratch, rows, n, st->all_logits ? st->all_logits : s->logits, cost, cancelled, st, error);
+    if (code == QUARRY_OK) code = attn_index_advance(s->policies[0], s->kv, model_pool(s->model), threads, error);
+    model_unlock(s->model);
+    for (int64_t i = 0; i < n; i++) {
+        st->cost.index_bytes += cost[i].index_bytes;
+        st->cost.rows += cost[i].rows;
+    }
+done:
+    if (code != QUARRY_OK) {
+        forget_from(s, first);
+    }
+    memory_free(rows);
+    memory_free(cost);
+    return code;
+}
+
+static quarry_code run_tokens(quarry_session *s, const int32_t *tokens, int64_t n, step *st, quarry_error *error)
+{
+    quarry_code code = check_room(s, n, error);
+    int64_t vocab = model_shape_of(s->model)->n_vocab;
+    st->total = n;
+    for (int64_t i = 0, chunk; i < n && code == QUARRY_OK; i += chunk) {
+        chunk = n - i < s->params.n_batch ? n - i : s->params.n_batch;
+        st->done = i;
+        code = run_chunk(s, tokens + i, chunk, i + chunk == n, st, error);
+        if (st->all_logits) st->all_logits += chunk * vocab;
+    }
+    if (code == QUARRY_OK && n > 0 && !st->all_logits) s->has_logits = true;
+    st->done = n;
+    if (code == QUARRY_OK && st->watch && st->watch->progress)
+        st->watch->progress(n, n, st->watch->data); /* all is read: too late to cancel */
+    return code;
+}
+
+int quarry_session_read(quarry_session *s, const int32_t *tokens, int64_t n, const quarry_watch *watch, quarry_error *error)
+{
+    double start = now();
+    step st = {.dense = true, .watch = watch};
+    int64_t before = s->tokens.n;
+    quarry_code code = run_tokens(s, tokens, n, &st, error);
+    if (code == QUARRY_OK) {
+        model_lock(s->model);
+        code = attn_index_seal(s->policies[0], s->kv, model_pool(s->model), forward_scratch_threads(s->scratch), error);
+        model_unlock(s->model);
+    }
+    s->stats.n_read += s->tokens.n - before;
+    s->stats.read_seconds += now() - start;
+    return code;
+}
+
+/* Bytes that full attention reads for one query after n tokens. */
+static double full_bytes(const quarry_session *s, int64_t n)
+{
+    const kv_shape *k = kv_shape_of(s->kv);
+    return (double)n * k->n_layer * k->n_head_kv * (double)kv_row_bytes(k->type, k->head_dim);
+}
+
+static void count_sparse(quarry_session *s, const step *st)
+{
+    s->sparse_cost.index_bytes += st->cost.index_bytes;
+    s->sparse_cost.rows += st->cost.rows;
+}
+
+int quarry_session_feed(quarry_session *s, const int32_t *tokens, int64_t n, const quarry_watch *watch, quarry_error *error)
+{
+    double start = now();
+    step st = {.watch = watch};
+    int64_t before = s->tokens.n;
+    quarry_code code = run_tokens(s, tokens, n, &st, error);
+    count_sparse(s, &st);
+    s->stats.n_fed += s->tokens.n - before;
+    s->stats.feed_seconds += now() - start;
+    return code;
+}
+
+quarry_code session_feed_generated(quarry_session *s, int32_t token, const quarry_watch *watch, quarry_error *error)
+{
+    double start = now();
+    step st = {.watch = watch};
+    quarry_code code = run_tokens(s, &token, 1, &st, error);
+    s->stats.generate_seconds += now() - start;
+    if (code != QUARRY_OK) return code;
+    count_sparse(s, &st);
+    s->stats.n_generated++;
+    const kv_shape *k = kv_shape_of(s->kv);
+    s->kv_bytes_sum += (double)st.cost.index_bytes + (double)st.cost.rows * (double)kv_row_bytes(k->type, k->head_dim);
+    s->kv_full_sum += full_bytes(s, s->tokens.n);
+    s->n_steps++;
+    return code;
+}
+
+quarry_code session_feed_logits(quarry_session *s, const int32_t *tokens, int64_t n, float *logits, quarry_error *error)
+{
+    step st = {.all_logits = logits};
+    quarry_code code = run_tokens(s, tokens, n, &st, error);
+    count_sparse(s, &st);
+    return code;
+}
+
+attn_cost session_cost(const quarry_session *s)
+{
+    return s->sparse_cost;
+}
+
+/* ---- state out ---- */
+
+const float *quarry_session_logits(const quarry_session *s)
+{
+    return s->has_logits ? s->logits : NULL;
+}
+
+int64_t quarry_session_length(const quarry_session *s)
+{
+    return s->tokens.n;
+}
+
+const int32_t *quarry_session_tokens(const quarry_session *s)
+{
+    return s->tokens.ids;
+}
+
+int quarry_session_truncate(quarry_session *s, int64_t n, quarry_error *error)
+{
+    if (n < 0 || n > s->tokens.n)
+        return error_set(error, QUARRY_ERROR_ARGUMENT, "cannot truncate to %lld tokens: the session holds %lld", (long long)n,
+                         (long long)s->tokens.n);
+    if (n == s->tokens.n) return QUARRY_OK;
+    forget_from(s, n);
+    return QUARRY_OK;
+}
+
+int64_t quarry_session_common_prefix(const quarry_session *s, const int32_t *tokens, int64_t n)
+{
+    int64_t i = 0;
+    while (i < n && i < s->tokens.n && tokens[i] == s->tokens.ids[i]) i++;
+    return i;
+}
+
+void quarry_session_get_stats(const quarry_session *s, quarry_stats *stats)
+{
+    *stats = s->stats;
+    if (s->n_steps) {
+        stats->kv_bytes_per_step = s->kv_bytes_sum / (double)s->n_steps;
+        stats->kv_bytes_full = s->kv_full_sum / (double)s->n_steps;
+    }
+    stats->kv_bytes = kv_bytes(s->kv);
+    stats->scratch_bytes = forward_scratch_bytes(s->scratch);
+    stats->index_bytes = 0;
+    for (int i = 0; i < s->n_policies; i++) stats->index_bytes += s->policies[i]->type->bytes(s->policies[i]);
+}

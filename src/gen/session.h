@@ -1,0 +1,31 @@
+/* Shared by the files of this room: the state of a session. */
+#ifndef GEN_SESSION_H
+#define GEN_SESSION_H
+
+#include "gen/gen.h"
+
+enum { SESSION_MAX_POLICIES = 32 };
+
+struct quarry_session {
+    quarry_model *model;
+    quarry_session_params params; /* attn is not kept */
+    bool beyond_training;
+    token_list tokens;   /* what kv holds, token by token */
+    kv_seq *kv;
+    attn_policy *policies[SESSION_MAX_POLICIES]; /* linked by `also` */
+    int n_policies, active;
+    forward_scratch *scratch;
+    float *logits;       /* [n_vocab] */
+    bool has_logits;
+    quarry_stats stats;
+    attn_cost sparse_cost; /* of all sparse tokens since opened or forked */
+    double kv_bytes_sum, kv_full_sum; /* over n_steps generated tokens */
+    int64_t n_steps;
+};
+
+/* Feeds one generated token: quarry_session_feed, counted as generation. */
+quarry_code session_feed_generated(quarry_session *s, int32_t token, const quarry_watch *watch, quarry_error *error);
+/* Tokens that still fit. */
+int64_t session_room(const quarry_session *s);
+
+#endif

@@ -1,0 +1,268 @@
+/* The forward pass: one for prefill, decode and batches of sessions. Reads top to bottom; n is the number of rows (tokens) throughout. */
+#include <math.h>
+#include <string.h>
+
+#include "model/internal.h"
+
+struct forward_scratch {
+    arena step;     /* buffers of the current pass */
+    arena shared;   /* attn_context.shared */
+    arena *threads; /* [pool size] */
+    int n_threads;
+};
+
+forward_scratch *forward_scratch_create(const quarry_model *m, quarry_error *error)
+{
+    forward_scratch *s = memory_zero(1, sizeof *s, "scratch", error);
+    if (!s) return NULL;
+    s->n_threads = thread_pool_size(m->pool);
+    s->threads = memory_zero((size_t)s->n_threads, sizeof *s->threads, "scratch", error);
+    if (!s->threads) {
+        memory_free(s);
+        return NULL;
+    }
+    return s;
+}
+
+void forward_scratch_destroy(forward_scratch *s)
+{
+    if (!s) return;
+    for (int i = 0; i < s->n_threads; i++) arena_free(&s->threads[i]);
+    memory_free(s->threads);
+    arena_free(&s->step);
+    arena_free(&s->shared);
+    memory_free(s);
+}
+
+size_t forward_scratch_bytes(const forward_scratch *s)
+{
+    size_t n = s->step.n_bytes + s->shared.n_bytes;
+    for (int i = 0; i < s->n_threads; i++) n += s->threads[i].n_bytes;
+    return n;
+}
+
+arena *forward_scratch_threads(forward_scratch *s)
+{
+    return s->threads;
+}
+
+/* Everything one pass works on. */
+typedef struct pass {
+    quarry_model *m;
+    forward_scratch *s;
+    const forward_row *rows;
+    attn_row *attn_rows; /* [n] */
+    int64_t n;
+    attn_shape attn;
+    int64_t q_width, kv_width; /* n_head * head_dim, n_head_kv * head_dim */
+    float *x;                  /* [n][n_embd] residual stream */
+    float *normed;             /* [n][n_embd] */
+    float *q;                  /* [n][n_head][head_dim] */
+    float *k, *v;              /* [n][n_head_kv][head_dim] */
+    float *attended;           /* [n][n_head][head_dim] */
+    float *gate, *up;          /* [n][n_ff] */
+    float *cs;                 /* [n][n_rot] cosine and sine of each pair */
+    void *quantized;           /* activations_bytes of the widest input */
+    const float *norm;         /* weights of the norm being applied */
+    const model_layer *layer;
+    int layer_index;
+} pass;
+
+static bool alloc_floats(pass *p, float **out, int64_t width, quarry_error *error)
+{
+    *out = arena_alloc(&p->s->step, (size_t)p->n, (size_t)width * sizeof(float), error);
+    return *out != NULL;
+}
+
+static quarry_code pass_alloc(pass *p, quarry_error *error)
+{
+    const model_shape *s = &p->m->shape;
+    int64_t widest = s->n_embd > s->n_ff ? s->n_embd : s->n_ff;
+    if (p->q_width > widest) widest = p->q_width;
+    arena_reset(&p->s->step);
+    bool ok = alloc_floats(p, &p->x, s->n_embd, error) && alloc_floats(p, &p->normed, s->n_embd, error) &&
+              alloc_floats(p, &p->q, p->q_width, error) && alloc_floats(p, &p->k, p->kv_width, error) &&
+              alloc_floats(p, &p->v, p->kv_width, error) && alloc_floats(p, &p->attended, p->q_width, error) &&
+              alloc_floats(p, &p->gate, s->n_ff, error) && alloc_floats(p, &p->up, s->n_ff, error) &&
+              alloc_floats(p, &p->cs, s->n_rot, error);
+    p->quantized = ok ? arena_alloc(&p->s->step, activations_bytes(p->n, widest), 1, error) : NULL;
+    p->attn_rows = ok ? arena_alloc(&p->s->step, (size_t)p->n, sizeof *p->attn_rows, error) : NULL;
+    return p->quantized && p->attn_rows ? QUARRY_OK : QUARRY_ERROR_MEMORY;
+}
+
+/* ---- element-wise steps, in blocks of rows ---- */
+
+enum { ROW_BLOCK = 16 };
+
+typedef void (*rows_fn)(pass *p, int64_t row);
+
+typedef struct rows_job {
+    pass *p;
+    rows_fn fn;
+} rows_job;
+
+static void rows_task(void *context, int64_t task, int thread)
+{
+    (void)thread;
+    const rows_job *job = context;
+    int64_t end = (task + 1) * ROW_BLOCK < job->p->n ? (task + 1) * ROW_BLOCK : job->p->n;
+    for (int64_t row = task * ROW_BLOCK; row < end; row++) job->fn(job->p, row);
+}
+
+static void for_rows(pass *p, rows_fn fn)
+{
+    rows_job job = {p, fn};
+    int64_t n_tasks = (p->n + ROW_BLOCK - 1) / ROW_BLOCK;
+    if (n_tasks > 1)
+        thread_pool_run(p->m->pool, n_tasks, rows_task, &job);
+    else
+        rows_task(&job, 0, 0);
+}
+
+static void embed_row(pass *p, int64_t row)
+{
+    const forward_row *r = &p->rows[row];
+    const quarry_model *m = p->m;
+    weight_row(&m->embedding, r->token, p->x + row * m->shape.n_embd);
+    float *cs = p->cs + row * m->shape.n_rot;
+    for (int i = 0; i < m->shape.n_rot / 2; i++) {
+        double angle = (double)r->pos * m->rope_inverse[i];
+        cs[2 * i] = (float)cos(angle);
+        cs[2 * i + 1] = (float)sin(angle);
+    }
+}
+
+static void norm_row(pass *p, int64_t row)
+{
+    const model_shape *s = &p->m->shape;
+    p->m->kernels->vector->rms_norm(p->x + row * s->n_embd, p->norm, s->rms_eps, s->n_embd, p->normed + row * s->n_embd);
+}
+
+/* Head norms, RoPE, and the new K|V rows of one token. */
+static void rotate_row(pass *p, int64_t row)
+{
+    const model_shape *s = &p->m->shape;
+    const vector_kernels *vector = p->m->kernels->vector;
+    const model_layer *l = p->layer;
+    const forward_row *r = &p->rows[row];
+    const float *cs = p->cs + row * s->n_rot;
+    int d = s->head_dim;
+    for (int h = 0; h < s->n_head; h++) {
+        float *q = p->q + row * p->q_width + (int64_t)h * d;
+        if (l->q_norm) vector->rms_norm(q, l->q_norm, s->rms_eps, d, q);
+        vector->rope(q, cs, s->n_rot, p->m->arch->rope_halves);
+    }
+    for (int h = 0; h < s->n_head_kv; h++) {
+        float *k = p->k + row * p->kv_width + (int64_t)h * d;
+        if (l->k_norm) vector->rms_norm(k, l->k_norm, s->rms_eps, d, k);
+        vector->rope(k, cs, s->n_rot, p->m->arch->rope_halves);
+        kv_write(p->m->kernels, kv_row(r->kv, p->layer_index, h, r->pos), &p->attn.kv, k, p->v + row * p->kv_width + (int64_t)h * d);
+    }
+}
+
+static void swiglu_row(pass *p, int64_t row)
+{
+    int64_t n = p->m->shape.n_ff;
+    p->m->kernels->vector->swiglu(p->gate + row * n, p->up + row * n, n, p->gate + row * n);
+}
+
+/* ---- matrix products ---- */
+
+static activations quantize(pass *p, const float *x, int64_t width)
+{
+    activations a = {.n_rows = p->n, .n_in = width, .x = x, .quantized = p->quantized};
+    activations_quantize(&a, p->m->kernels->matmul, p->m->pool);
+    return a;
+}
+
+static void multiply(pass *p, const activations *a, const matmul_job *jobs, int n_jobs)
+{
+    matmul_run(p->m->kernels->matmul, p->m->pool, a, jobs, n_jobs);
+}
+
+/* ---- the pass ---- */
+
+static quarry_code run_layer(pass *p, attn_cost *cost, quarry_error *error)
+{
+    const model_layer *l = p->layer;
+    const model_shape *s = &p->m->shape;
+
+    p->norm = l->attn_norm;
+    for_rows(p, norm_row);
+    activations a = quantize(p, p->normed, s->n_embd);
+    multiply(p, &a, (matmul_job[]){{&l->q, l->q_bias, p->q, false}, {&l->k, l->k_bias, p->k, false}, {&l->v, l->v_bias, p->v, false}}, 3);
+    for_rows(p, rotate_row);
+
+    attn_context c = {p->m->kernels, p->m->pool, p->s->threads, &p->s->shared};
+    quarry_code code = attn_forward(&c, &p->attn, p->layer_index, p->attn_rows, p->n, p->q, p->attended, cost, error);
+    if (code != QUARRY_OK) return code;
+    a = quantize(p, p->attended, p->q_width);
+    multiply(p, &a, &(matmul_job){&l->o, NULL, p->x, true}, 1);
+
+    p->norm = l->ffn_norm;
+    for_rows(p, norm_row);
+    a = quantize(p, p->normed, s->n_embd);
+    multiply(p, &a, (matmul_job[]){{&l->gate, NULL, p->gate, false}, {&l->up, NULL, p->up, false}}, 2);
+    for_rows(p, swiglu_row);
+    a = quantize(p, p->gate, s->n_ff);
+    multiply(p, &a, &(matmul_job){&l->down, NULL, p->x, true}, 1);
+    return QUARRY_OK;
+}
+
+/* logits[·][n_vocab] of the rows that want them, in order. */
+static void run_output(pass *p, float *logits)
+{
+    quarry_model *m = p->m;
+    int64_t n = 0, width = m->shape.n_embd;
+    for (int64_t i = 0; i < p->n; i++)
+        if (p->rows[i].logits) memmove(p->x + n++ * width, p->x + i * width, (size_t)width * sizeof *p->x);
+    if (n == 0) return;
+    p->n = n;
+    p->norm = m->output_norm;
+    for_rows(p, norm_row);
+    activations a = quantize(p, p->normed, width);
+    multiply(p, &a, &(matmul_job){m->tied ? &m->embedding : &m->output, NULL, logits, false}, 1);
+}
+
+static quarry_code check_rows(const quarry_model *m, const forward_row *rows, int64_t n, quarry_error *error)
+{
+    for (int64_t i = 0; i < n; i++)
+        if (rows[i].token < 0 || rows[i].token >= m->shape.n_vocab)
+            return error_set(error, QUARRY_ERROR_ARGUMENT, "token %d is not in the vocabulary (0 to %lld)", rows[i].token,
+                             (long long)m->shape.n_vocab - 1);
+    return QUARRY_OK;
+}
+
+static void commit_rows(const forward_row *rows, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        if (rows[i].pos >= kv_length(rows[i].kv)) kv_commit(rows[i].kv, rows[i].pos + 1);
+}
+
+quarry_code model_forward(quarry_model *m, forward_scratch *s, const forward_row *rows, int64_t n, float *logits, attn_cost *cost,
+                          forward_cancel_fn cancel, void *data, quarry_error *error)
+{
+    pass p = {.m = m, .s = s, .rows = rows, .n = n};
+    quarry_code code = check_rows(m, rows, n, error);
+    if (code != QUARRY_OK || n == 0) return code;
+    p.q_width = (int64_t)m->shape.n_head * m->shape.head_dim;
+    p.kv_width = (int64_t)m->shape.n_head_kv * m->shape.head_dim;
+    p.attn = model_attn_shape(m, kv_shape_of(rows[0].kv)->type);
+    if ((code = pass_alloc(&p, error)) != QUARRY_OK) return code;
+    for (int64_t i = 0; i < n; i++) {
+        if (i + 1 == n || rows[i + 1].kv != rows[i].kv)
+            if ((code = kv_reserve(rows[i].kv, rows[i].pos + 1, error)) != QUARRY_OK) return code;
+        p.attn_rows[i] = (attn_row){rows[i].kv, rows[i].policy, rows[i].pos, rows[i].dense};
+    }
+    for_rows(&p, embed_row);
+    for (int i = 0; i < m->shape.n_layer; i++) {
+        if (cancel && cancel(data)) return error_set(error, QUARRY_ERROR_CANCELLED, "cancelled");
+        p.layer = &m->layers[i];
+        p.layer_index = i;
+        if ((code = run_layer(&p, cost, error)) != QUARRY_OK) return code;
+    }
+    run_output(&p, logits);
+    if ((code = gguf_check(m->file, error)) != QUARRY_OK) return code;
+    commit_rows(rows, n);
+    return QUARRY_OK;
+}
