@@ -25,7 +25,7 @@ void gguf_close(gguf_file *g);
 const char *gguf_path(const gguf_file *g);
 int64_t gguf_n_tensors(const gguf_file *g);
 const gguf_tensor *gguf_tensor_at(const gguf_file *g, int64_t i);
-const gguf_tensor *gguf_find(const gguf_file *g, const char *name); /* NULL if absent; hashed */
+const gguf_tensor *gguf_find(const gguf_file *g, const char *name); /* NULL if absent; O(log n) */
 
 /* Bytes of a tensor: the mapping, or (not mapped) a copy read now, which the caller frees with memory_free when *copy is set non-NULL. Error IO. */
 const void *gguf_tensor_data(const gguf_file *g, const gguf_tensor *t, void **copy, quarry_error *error);
@@ -47,7 +47,7 @@ typedef enum gguf_value_kind { GGUF_INT, GGUF_FLOAT, GGUF_BOOL, GGUF_STRING } gg
 int64_t gguf_array(const gguf_file *g, const char *key, gguf_value_kind kind);
 int64_t gguf_array_int(const gguf_file *g, const char *key, int64_t i);
 double gguf_array_float(const gguf_file *g, const char *key, int64_t i);
-const char *gguf_array_string(const gguf_file *g, const char *key, int64_t i, size_t *n_bytes); /* O(1) after the first call; not NUL-terminated */
+const char *gguf_array_string(const gguf_file *g, const char *key, int64_t i, size_t *n_bytes); /* O(1); not NUL-terminated */
 
 /* The first wrong-typed key met by the getters, as an error FORMAT; QUARRY_OK if none. Not thread-safe: a file is read by one thread. */
 quarry_code gguf_metadata_error(const gguf_file *g, quarry_error *error);
