@@ -24,8 +24,8 @@ struct map_region {
 
 static _Atomic(map_region *) regions;
 static pthread_mutex_t regions_lock = PTHREAD_MUTEX_INITIALIZER; /* of adding and removing; the handler takes none */
-static struct sigaction previous_action;                         /* written before the handler can run */
-static bool handler_installed;
+static struct sigaction previous_actions[2]; /* what we replaced; the other one is written while a handler may read this one */
+static atomic_int previous_index;
 static uintptr_t page_size;
 
 struct file_map {
@@ -53,47 +53,54 @@ static bool region_heal(uintptr_t address)
 
 static void on_sigbus(int signal_number, siginfo_t *info, void *context)
 {
+    const struct sigaction *previous = &previous_actions[atomic_load(&previous_index)];
     int saved = errno;
     bool from_fault = info->si_code > 0; /* not sent by kill or raise */
-    if (from_fault && region_heal((uintptr_t)info->si_addr)) {
-        errno = saved;
-        return;
-    }
+    bool healed = from_fault && region_heal((uintptr_t)info->si_addr);
     errno = saved;
-    if (previous_action.sa_flags & SA_SIGINFO) {
-        previous_action.sa_sigaction(signal_number, info, context);
-    } else if (previous_action.sa_handler == SIG_IGN && !from_fault) {
-        return;
-    } else if (previous_action.sa_handler == SIG_DFL || previous_action.sa_handler == SIG_IGN) {
+    if (healed) return;
+    bool is_default = !(previous->sa_flags & SA_SIGINFO) && (previous->sa_handler == SIG_DFL || previous->sa_handler == SIG_IGN);
+    if (is_default && !from_fault && previous->sa_handler == SIG_IGN) return;
+    if (is_default) {
         signal(signal_number, SIG_DFL); /* a fault repeats when this returns, and ends the process as it would have without us */
         if (!from_fault) raise(signal_number);
-    } else {
-        previous_action.sa_handler(signal_number);
+        return;
     }
+    if (previous->sa_flags & SA_SIGINFO)
+        previous->sa_sigaction(signal_number, info, context);
+    else
+        previous->sa_handler(signal_number);
 }
 
+/* Puts our handler first, again if the program installed its own since the last map. */
 static quarry_code handler_install(quarry_error *error)
 {
-    if (handler_installed) return QUARRY_OK;
     struct sigaction action = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER};
+    int other = !atomic_load(&previous_index);
     sigemptyset(&action.sa_mask);
     page_size = (uintptr_t)sysconf(_SC_PAGESIZE);
-    if (sigaction(SIGBUS, NULL, &previous_action) != 0 || sigaction(SIGBUS, &action, NULL) != 0)
-        return error_set(error, QUARRY_ERROR_IO, "cannot install a SIGBUS handler: %s", strerror(errno));
-    handler_installed = true;
+    if (sigaction(SIGBUS, NULL, &previous_actions[other]) != 0) goto failed;
+    if ((previous_actions[other].sa_flags & SA_SIGINFO) && previous_actions[other].sa_sigaction == on_sigbus) return QUARRY_OK;
+    atomic_store(&previous_index, other);
+    if (sigaction(SIGBUS, &action, NULL) != 0) goto failed;
     return QUARRY_OK;
+failed:
+    return error_set(error, QUARRY_ERROR_IO, "cannot install a SIGBUS handler: %s", strerror(errno));
 }
 
-/* A region for [data, data + size), or NULL. */
-static map_region *region_add(const void *data, uint64_t size, quarry_error *error)
+static quarry_code region_add(const void *data, uint64_t size, map_region **region, quarry_error *error)
 {
-    map_region *r = NULL;
+    map_region *r;
     pthread_mutex_lock(&regions_lock);
-    if (handler_install(error) != QUARRY_OK) goto done;
+    quarry_code code = handler_install(error);
+    if (code != QUARRY_OK) goto done;
     for (r = atomic_load(&regions); r && atomic_load(&r->size) != 0; r = r->next) {
     }
     bool fresh = !r;
-    if (fresh && !(r = memory_zero(1, sizeof *r, "file map", error))) goto done;
+    if (fresh && !(r = memory_zero(1, sizeof *r, "file map", error))) {
+        code = QUARRY_ERROR_MEMORY;
+        goto done;
+    }
     atomic_store(&r->failed, false);
     atomic_store(&r->start, (uintptr_t)data);
     atomic_store(&r->size, (uintptr_t)size);
@@ -101,9 +108,10 @@ static map_region *region_add(const void *data, uint64_t size, quarry_error *err
         r->next = atomic_load(&regions);
         atomic_store(&regions, r);
     }
+    *region = r;
 done:
     pthread_mutex_unlock(&regions_lock);
-    return r;
+    return code;
 }
 
 static void region_remove(map_region *r)
@@ -122,8 +130,7 @@ static quarry_code file_map_bytes(file_map *map, quarry_error *error)
     void *data = mmap(NULL, (size_t)map->size, PROT_READ, MAP_PRIVATE, map->fd, 0);
     if (data == MAP_FAILED) return error_set(error, QUARRY_ERROR_IO, "%s: cannot map the file: %s", map->path, strerror(errno));
     map->data = data;
-    map->region = region_add(data, map->size, error);
-    return map->region ? QUARRY_OK : QUARRY_ERROR_MEMORY;
+    return region_add(data, map->size, &map->region, error);
 }
 
 file_map *file_map_open(const char *path, bool use_mmap, quarry_error *error)
