@@ -1,0 +1,214 @@
+#include "math/matmul.h"
+
+#include <string.h>
+
+#include "math/matmul_internal.h"
+
+static size_t panel_bytes(const weight *w)
+{
+    if (!w->packed) return (size_t)PANEL_ROWS * (size_t)w->n_in * block_info_get(w->type)->n_bytes;
+    panel_layout layout;
+    panel_layout_get(w->type, &layout);
+    return (size_t)(w->n_in / layout.n_weights) * layout.n_bytes;
+}
+
+static int64_t panel_count(const weight *w)
+{
+    return (w->n_out + PANEL_ROWS - 1) / PANEL_ROWS;
+}
+
+struct pack_loop {
+    const weight *w;
+    const uint8_t *source;
+    uint8_t *data;
+};
+
+static void pack_panel(void *context, int64_t panel, int thread)
+{
+    (void)thread;
+    const struct pack_loop *loop = context;
+    const weight *w = loop->w;
+    const block_info *info = block_info_get(w->type);
+    panel_layout layout;
+    panel_layout_get(w->type, &layout);
+    size_t n_bytes = panel_bytes(w);
+    uint8_t *out = loop->data + (size_t)panel * n_bytes;
+    int64_t n_blocks = w->n_in / layout.n_weights;
+    memset(out, 0, n_bytes); /* rows beyond n_out stay zero weights */
+    for (int row = 0; row < PANEL_ROWS && panel * PANEL_ROWS + row < w->n_out; row++) {
+        const uint8_t *source = loop->source + (size_t)((panel * PANEL_ROWS + row) * n_blocks) * info->n_bytes;
+        for (int64_t b = 0; b < n_blocks; b++) {
+            block_parts parts;
+            block_split(w->type, source + (size_t)b * info->n_bytes, &parts);
+            panel_put(w->type, &layout, out + (size_t)b * layout.n_bytes, row, &parts);
+        }
+    }
+}
+
+quarry_code weight_make(weight *w, const matmul_kernels *kernels, thread_pool *pool, block_type type, int64_t n_out, int64_t n_in,
+                        const void *source, quarry_error *error)
+{
+    (void)kernels; /* all instruction sets share one layout */
+    *w = (weight){.type = type, .n_out = n_out, .n_in = n_in, .data = source};
+    const block_info *info = block_info_get(type);
+    if (!info) return error_set(error, QUARRY_ERROR_UNSUPPORTED, "block type %d is not supported", (int)type);
+    if (n_out < 1 || n_in < 1 || n_out > INT64_MAX / 8 / n_in)
+        return error_set(error, QUARRY_ERROR_ARGUMENT, "a matrix of %lld x %lld weights cannot be", (long long)n_out, (long long)n_in);
+    if (n_in % info->n_weights != 0)
+        return error_set(error, QUARRY_ERROR_UNSUPPORTED, "rows of %lld weights are no multiple of the %u in a %s block", (long long)n_in,
+                         (unsigned)info->n_weights, info->name);
+    if (!block_traits_get(type)) {
+        w->n_bytes = (size_t)n_out * (size_t)n_in * info->n_bytes;
+        return QUARRY_OK;
+    }
+    w->packed = true;
+    size_t n_bytes = panel_bytes(w);
+    uint8_t *data = memory_aligned((size_t)panel_count(w), n_bytes, "weights", error);
+    if (!data) {
+        *w = (weight){0};
+        return QUARRY_ERROR_MEMORY;
+    }
+    w->owned = true;
+    w->data = data;
+    w->n_bytes = (size_t)panel_count(w) * n_bytes;
+    thread_pool_run(pool, panel_count(w), pack_panel, &(struct pack_loop){w, source, data});
+    return QUARRY_OK;
+}
+
+void weight_free(weight *w)
+{
+    if (w->owned) memory_free((void *)(uintptr_t)w->data);
+    *w = (weight){0};
+}
+
+void weight_row(const weight *w, int64_t row, float *out)
+{
+    if (!w->packed) {
+        block_dequantize(w->type, (const uint8_t *)w->data + (size_t)(row * w->n_in) * block_info_get(w->type)->n_bytes, w->n_in, out);
+        return;
+    }
+    panel_layout layout;
+    panel_layout_get(w->type, &layout);
+    const uint8_t *panel = (const uint8_t *)w->data + (size_t)(row / PANEL_ROWS) * panel_bytes(w);
+    for (int64_t i = 0; i < w->n_in; i += layout.n_weights, panel += layout.n_bytes) {
+        block_parts parts;
+        panel_get(w->type, &layout, panel, (int)(row % PANEL_ROWS), &parts);
+        block_parts_values(w->type, &parts, out + i);
+    }
+}
+
+size_t activations_bytes(int64_t n_rows, int64_t n_in)
+{
+    return (activation_bytes(n_rows, n_in) + 63) / 64 * 64;
+}
+
+struct quantize_loop {
+    const activations *a;
+    const matmul_kernels *kernels;
+};
+
+static void quantize_group(void *context, int64_t group, int thread)
+{
+    (void)thread;
+    const struct quantize_loop *loop = context;
+    const activations *a = loop->a;
+    int64_t first = group * loop->kernels->group;
+    int n = (int)(a->n_rows - first < loop->kernels->group ? a->n_rows - first : loop->kernels->group);
+    loop->kernels->quantize(a->x + first * a->n_in, n, a->n_in, (uint8_t *)a->quantized + activation_bytes(first, a->n_in));
+}
+
+void activations_quantize(activations *a, const matmul_kernels *kernels, thread_pool *pool)
+{
+    enum { WORTH_A_LOOP = 1 << 15 }; /* floats; less takes no longer than waking a thread */
+    struct quantize_loop loop = {a, kernels};
+    if (a->n_in % SUB_BLOCK != 0) return; /* then all weights are floats and read a->x */
+    int64_t n_groups = (a->n_rows + kernels->group - 1) / kernels->group;
+    if (a->n_rows * a->n_in >= WORTH_A_LOOP) {
+        thread_pool_run(pool, n_groups, quantize_group, &loop);
+        return;
+    }
+    for (int64_t i = 0; i < n_groups; i++) quantize_group(&loop, i, 0);
+}
+
+struct matmul_loop {
+    const matmul_kernels *kernels;
+    const activations *a;
+    const matmul_job *jobs;
+    int n_jobs;
+    size_t task_bytes; /* of weights */
+};
+
+/* Panels of one task: consecutive ones, so that a task streams one range of memory. */
+static int64_t task_panels(const struct matmul_loop *loop, const weight *w)
+{
+    int64_t n = (int64_t)(loop->task_bytes / panel_bytes(w));
+    return n > 1 ? n : 1;
+}
+
+static int64_t task_count(const struct matmul_loop *loop, const weight *w)
+{
+    int64_t per_task = task_panels(loop, w);
+    return (panel_count(w) + per_task - 1) / per_task;
+}
+
+/* y[n][16 of n_out] from out[n][16]. */
+static void store_rows(const matmul_job *job, int64_t panel, int64_t first, int64_t n, const float *out)
+{
+    int64_t row = panel * PANEL_ROWS, n_rows = job->w->n_out - row < PANEL_ROWS ? job->w->n_out - row : PANEL_ROWS;
+    for (int64_t t = 0; t < n; t++, out += PANEL_ROWS) {
+        float *y = job->y + (first + t) * job->w->n_out + row;
+        for (int64_t i = 0; i < n_rows; i++) {
+            float value = out[i];
+            if (job->bias) value += job->bias[row + i];
+            y[i] = job->accumulate ? y[i] + value : value;
+        }
+    }
+}
+
+static void run_panels(const struct matmul_loop *loop, const matmul_job *job, int64_t begin, int64_t end)
+{
+    enum { CHUNK = 48 }; /* rows of activations, a multiple of every group: with one panel they stay in the second-level cache */
+    const activations *a = loop->a;
+    const weight *w = job->w;
+    size_t n_bytes = panel_bytes(w);
+    float out[CHUNK * PANEL_ROWS];
+    for (int64_t first = 0; first < a->n_rows; first += CHUNK) {
+        int64_t n = a->n_rows - first < CHUNK ? a->n_rows - first : CHUNK;
+        const uint8_t *quantized = (const uint8_t *)a->quantized + activation_bytes(first, a->n_in);
+        for (int64_t p = begin; p < end; p++) {
+            const uint8_t *data = (const uint8_t *)w->data + (size_t)p * n_bytes;
+            int64_t n_w = w->n_out - p * PANEL_ROWS;
+            if (w->packed)
+                loop->kernels->panel(w->type, data, a->n_in, quantized, n, out);
+            else
+                loop->kernels->floats(w->type, data, n_w < PANEL_ROWS ? (int)n_w : PANEL_ROWS, a->n_in, a->x + first * a->n_in, n, out);
+            store_rows(job, p, first, n, out);
+        }
+    }
+}
+
+static void run_task(void *context, int64_t task, int thread)
+{
+    (void)thread;
+    const struct matmul_loop *loop = context;
+    const matmul_job *job = loop->jobs;
+    for (int64_t n; task >= (n = task_count(loop, job->w)); job++) task -= n;
+    int64_t per_task = task_panels(loop, job->w), begin = task * per_task, n_panels = panel_count(job->w);
+    run_panels(loop, job, begin, begin + per_task < n_panels ? begin + per_task : n_panels);
+}
+
+void matmul_run(const matmul_kernels *kernels, thread_pool *pool, const activations *a, const matmul_job *jobs, int n_jobs)
+{
+    /* A task streams enough to hide what claiming it costs (well under a microsecond; 32 KB take two or three), and there are
+     * enough of them for the threads to finish together. Many rows: two panels, which a few hundred KB of activations pass over. */
+    enum { MAX_TASK = 128 << 10, MIN_TASK = 32 << 10, TASKS_PER_THREAD = 8 };
+    struct matmul_loop loop = {kernels, a, jobs, n_jobs, 0};
+    size_t total = 0;
+    for (int i = 0; i < n_jobs; i++) total += jobs[i].w->n_bytes;
+    loop.task_bytes = total / ((size_t)thread_pool_size(pool) * TASKS_PER_THREAD);
+    if (loop.task_bytes > MAX_TASK) loop.task_bytes = MAX_TASK;
+    if (a->n_rows <= 4 && loop.task_bytes < MIN_TASK) loop.task_bytes = MIN_TASK;
+    int64_t n_tasks = 0;
+    for (int i = 0; i < n_jobs; i++) n_tasks += task_count(&loop, jobs[i].w);
+    thread_pool_run(pool, n_tasks, run_task, &loop);
+}

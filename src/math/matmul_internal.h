@@ -1,0 +1,107 @@
+/* Private to math: what blocks and matrix products share. */
+#ifndef MATH_MATMUL_INTERNAL_H
+#define MATH_MATMUL_INTERNAL_H
+
+#include "math/matmul.h"
+
+/* A source block taken apart without loss. */
+typedef struct block_parts {
+    uint16_t d, m;     /* f16 */
+    uint8_t scale[16]; /* K types: one per 16 or 32 weights; int8 for Q3_K and Q6_K */
+    uint8_t min[16];   /* Q2_K, Q4_K, Q5_K */
+    uint8_t q[256];    /* quants, unsigned (Q8_0: two's complement) */
+} block_parts;
+
+/* What the quantised types have in common: weight = scale * value(q) [+ min]. */
+typedef struct block_traits {
+    uint8_t n_bits;  /* of a quant */
+    uint8_t offset;  /* value(q) = q - offset; IQ4_NL: a table */
+    uint8_t n_scale; /* 8-bit scales per block (0: d alone) */
+    bool has_m;      /* a second f16 */
+    bool has_min;    /* 8-bit mins beside the scales (min = -m * min) */
+    bool fine;       /* a scale spans 16 weights instead of 32 */
+} block_traits;
+
+/* NULL for plain floats. */
+const block_traits *block_traits_get(block_type type);
+extern const int8_t iq4_nl_values[16];
+
+void block_split(block_type type, const void *block, block_parts *parts);
+/* Scale and min (0 if none) of the weights [32 sub + 16 half, + 16). */
+void block_scale(block_type type, const block_parts *parts, int sub, int half, float *scale, float *min);
+int block_value(block_type type, uint8_t q);
+/* The weights of a split block as block_dequantize gives them. */
+void block_parts_values(block_type type, const block_parts *parts, float *out);
+
+/* Packed weights. A panel is 16 output rows; it is a sequence of panel blocks of 32 (K types: 256) inputs:
+ *
+ *     [d f16[16]] [m f16[16]] [scales u8[n_scale][16]] [mins u8[n_scale][16]]      the fields the type has (Q2_K: one byte holds scale | min << 4)
+ *     per 32 inputs: [low plane][high plane]
+ *
+ * A plane of b bits is 64 b bytes. Vector v of a sub-block (v < 8) holds inputs 4v … 4v+3 of the 16 rows, byte 4 row + i for input 4v + i; it sits in
+ * the 64 bytes number v / (8/b) of the plane, at bit b * (v % (8/b)) of each byte. A quant of 5, 6 or 3 bits is a low plane of 4, 4 or 2 bits and a high plane
+ * of the rest. So one 64-byte load and a shift give the same four inputs of 16 rows, and the size is the source's (Q4_K, Q5_K, Q3_K: up to 3.6 % more,
+ * their 6-bit scales are kept in bytes). */
+enum { PANEL_ROWS = 16, SUB_BLOCK = 32 };
+
+typedef struct panel_layout {
+    uint16_t n_weights;             /* inputs per panel block */
+    uint16_t n_bytes;               /* of a panel block */
+    uint16_t m, scale, min, planes; /* offsets in bytes */
+    uint16_t sub_bytes;             /* of the planes of 32 inputs */
+    uint8_t low_bits, high_bits;
+} panel_layout;
+
+void panel_layout_get(block_type type, panel_layout *layout);
+/* Writes row `row` of a zeroed panel block, and reads it back. */
+void panel_put(block_type type, const panel_layout *layout, uint8_t *block, int row, const block_parts *parts);
+void panel_get(block_type type, const panel_layout *layout, const uint8_t *block, int row, block_parts *parts);
+
+/* 32 inputs of a panel as integers and f32 scales. */
+typedef struct panel_values {
+    int8_t q[8][64];                /* [vector][4 row + i] */
+    float scale[2][16], min[2][16]; /* [half][row] */
+} panel_values;
+
+void panel_unpack(block_type type, const panel_layout *layout, const uint8_t *block, int sub, panel_values *values);
+
+/* Quantised activations: groups of kernels->group rows (the last one smaller). A group of n rows is, for each 32 inputs,
+ *
+ *     [int8 quants [n][32]] [activation_scale [n]]
+ */
+typedef struct activation_scale {
+    float d;          /* x = d * q; NaN if any of the 32 is not finite */
+    float sum;        /* d * sum of q */
+    int32_t minus;    /* -sum of q */
+    int32_t minus_lo; /* -sum of the first 16 q */
+} activation_scale;
+
+enum { ACTIVATION_BYTES = SUB_BLOCK + sizeof(activation_scale) };
+
+/* The result of each output is one chain of f32 operations in the order of the inputs, the same for every batch size, tile and instruction set: per 32
+ * inputs (16 where a scale spans 16)
+ *
+ *     y = fma((float)integer dot product, scale_w * d, y);  then, with mins, y = fma(min_w, sum, y)
+ *
+ * (Q2_K: lo, hi, then min_lo * (d * sum_lo), min_hi * (d * sum_hi).) Float weights: 16 (scalar: 1, AVX2: 8) partial sums, so equal for every batch size only. */
+struct matmul_kernels {
+    int group; /* rows of activations that are stored together: the register tile */
+    /* One group: x[n][n_in] to the layout above. */
+    void (*quantize)(const float *x, int n, int64_t n_in, uint8_t *out);
+    /* out[n][16] = one panel times n rows, from the start of a group on. */
+    void (*panel)(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, float *out);
+    /* out[n][16] = n_w <= 16 rows of F32, F16 or BF16 weights times x[n][n_in]; columns from n_w on are not written. */
+    void (*floats)(block_type type, const void *w, int n_w, int64_t n_in, const float *x, int64_t n, float *out);
+};
+
+/* Bytes of quantised activations of n rows. */
+static inline size_t activation_bytes(int64_t n, int64_t n_in)
+{
+    return (size_t)n * (size_t)((n_in + SUB_BLOCK - 1) / SUB_BLOCK) * ACTIVATION_BYTES;
+}
+
+void activations_quantize_scalar(const float *x, int n, int64_t n_in, uint8_t *out);
+void panel_product_scalar(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, float *out);
+void floats_product_scalar(block_type type, const void *w, int n_w, int64_t n_in, const float *x, int64_t n, float *out);
+
+#endif
