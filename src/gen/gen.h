@@ -35,7 +35,8 @@ int32_t sampler_next(sampler *s, const float *logits, const int32_t *recent, int
 typedef struct stop_matcher stop_matcher;
 stop_matcher *stop_matcher_create(const char *const *stop, int n_stop, quarry_error *error);
 void stop_matcher_destroy(stop_matcher *m);
-/* Takes text[n]; *out (owned by the matcher, valid until the next call) receives what may be shown now. Returns true when a stop string was completed: *out then ends before it. */
+/* Takes text[n]; *out (owned by the matcher, valid until the next call) receives what may be shown now. Returns true when a stop string was completed: *out then ends before it. Of several the one
+ * completed first counts, and of those completed by the same character the longest. *out is NULL (and *error set) only out of memory. */
 bool stop_matcher_push(stop_matcher *m, const char *text, size_t n, const char **out, size_t *n_out, quarry_error *error);
 /* What was held back and is no stop string after all. */
 void stop_matcher_flush(stop_matcher *m, const char **out, size_t *n_out);
