@@ -14,8 +14,9 @@ check:
 	@scripts/check.sh
 
 # bench/compare.py -h tells the options; pass them as ARGS="-r 3".
-bench: all
-	@scripts/install-deps.sh demo
+bench:
+	@scripts/install-deps.sh bench
+	@$(MAKE) --no-print-directory all
 	@model=$$(scripts/fetch-model.sh) && python3 bench/compare.py --quarry $(BUILD)/quarry -m "$$model" $(ARGS)
 
 install: all

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that a task needs: as root, by `sudo -n`, or else one line says which are missing.
-#   scripts/install-deps.sh [--check] build|demo|check
+#   scripts/install-deps.sh [--check] build|demo|check|bench
 # --check only looks. Instant and silent when nothing is missing.
 set -euo pipefail
 
@@ -8,14 +8,16 @@ look_only=
 if [ "${1:-}" = --check ]; then look_only=1; shift; fi
 
 # package[:command] - a command found in PATH does as well as the package
-build=(gcc:gcc libc6-dev binutils:objcopy make:make cmake:cmake)
+build=(gcc:gcc libc6-dev binutils:objcopy make:make cmake:cmake libjansson-dev)
 demo=("${build[@]}" python3:python3 python3-pip:pip3 ca-certificates)
 check=("${demo[@]}" libcmocka-dev clang:clang libclang-rt-dev clang-format:clang-format git:git)
+bench=("${demo[@]}" g++:g++)
 case "${1:-}" in
     build) wanted=("${build[@]}") ;;
     demo) wanted=("${demo[@]}") ;;
     check) wanted=("${check[@]}") ;;
-    *) echo "usage: scripts/install-deps.sh [--check] build|demo|check" >&2; exit 2 ;;
+    bench) wanted=("${bench[@]}") ;;
+    *) echo "usage: scripts/install-deps.sh [--check] build|demo|check|bench" >&2; exit 2 ;;
 esac
 
 if ! command -v dpkg-query >/dev/null; then

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# All checks: formatting, gcc and clang with warnings as errors, sanitizers, a short fuzzing, then every test on the release build.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)} CTEST_OUTPUT_ON_FAILURE=1
+
+step() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
+
+# build FOLDER COMPILER OPTION…
+build() {
+    local folder=$1 compiler=$2; shift 2
+    CC=$compiler cmake -S . -B "$folder" -DQUARRY_WERROR=ON "$@" >/dev/null
+    cmake --build "$folder" -- --no-print-directory --quiet
+}
+
+tests() {
+    local folder=$1; shift
+    ctest --test-dir "$folder" --parallel "$CMAKE_BUILD_PARALLEL_LEVEL" "$@"
+}
+
+step "packages"
+scripts/install-deps.sh check
+
+step "model and tokenizers for the tests"
+if QUARRY_TEST_MODEL=$(scripts/fetch-model.sh); then export QUARRY_TEST_MODEL; else echo "NOTE: no model: the tests that need it are skipped"; unset QUARRY_TEST_MODEL; fi
+if source=$(scripts/fetch-llama.sh); then export QUARRY_TEST_VOCABS=$source/models; else echo "NOTE: no tokenizers of other families: the tests that need them are skipped"; fi
+
+step "formatting"
+if clang-format --version | grep -q 'version 14\.'; then
+    git ls-files -z '*.c' '*.h' | xargs -0 clang-format --dry-run -Werror
+else
+    echo "NOTE: skipped, the formatting is that of clang-format 14"
+fi
+
+step "clang: build, tests without the model"
+build build-check/clang clang
+tests build-check/clang -LE model
+
+step "sanitizers: build, tests without the model"
+build build-check/sanitize gcc -DQUARRY_SANITIZE=ON
+tests build-check/sanitize -LE model
+
+step "fuzzing"
+scripts/fuzz.sh
+
+step "gcc: build, all tests"
+build build-check/gcc gcc
+cmake --build build-check/gcc --target benches -- --no-print-directory --quiet
+tests build-check/gcc
