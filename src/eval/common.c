@@ -1,0 +1,67 @@
+#include "eval/common.h"
+
+static bool watch_progress(int64_t done, int64_t total, void *data)
+{
+    const eval_watch *w = data;
+    (void)total;
+    return w->outer->progress(w->done + done, w->total, w->outer->data);
+}
+
+static quarry_watch watch_inner(eval_watch *w)
+{
+    return w->outer && w->outer->progress ? (quarry_watch){watch_progress, w} : (quarry_watch){0};
+}
+
+quarry_code eval_read(quarry_session *session, const int32_t *tokens, int64_t n, eval_watch *watch, quarry_error *error)
+{
+    const quarry_watch inner = watch_inner(watch);
+    const quarry_code code = (quarry_code)quarry_session_read(session, tokens, n, &inner, error);
+    watch->done += n;
+    return code;
+}
+
+quarry_code eval_watch_ask(const eval_watch *watch, quarry_error *error)
+{
+    if (watch->outer && watch->outer->progress && !watch->outer->progress(watch->done, watch->total, watch->outer->data))
+        return error_set(error, QUARRY_ERROR_CANCELLED, "cancelled");
+    return QUARRY_OK;
+}
+
+quarry_code eval_bos(const quarry_model *model, int32_t *bos, int *n_bos, quarry_error *error)
+{
+    token_list list = {0};
+    const tokenizer *t = model_tokenizer(model);
+    const quarry_code code = tokenizer_encode(t, "", 0, TOKENIZE_ADD_BOS, &list, error);
+    *bos = tokenizer_bos(t);
+    *n_bos = code == QUARRY_OK && list.n > 0 && list.ids[0] == *bos;
+    token_list_free(&list);
+    return code;
+}
+
+const char **eval_policies(const char *const *attn, int n_attn, quarry_error *error)
+{
+    const char **specs = memory_alloc((size_t)n_attn + 1, sizeof *specs, "policies", error);
+    if (!specs) return NULL;
+    specs[0] = "full";
+    for (int i = 0; i < n_attn; i++) specs[i + 1] = attn[i];
+    return specs;
+}
+
+void reading_add(reading_sum *sum, const quarry_session *session, int64_t n_tokens)
+{
+    const attn_cost cost = session_cost(session);
+    sum->index_bytes += cost.index_bytes;
+    sum->rows += cost.rows;
+    sum->tokens += n_tokens;
+}
+
+void reading_relate(const reading_sum *sum, const reading_sum *full, const quarry_model *model, eval_reading *out)
+{
+    const double row = (double)kv_row_bytes(KV_F16, model_shape_of(model)->head_dim);
+    const double bytes = (double)sum->index_bytes + (double)sum->rows * row, full_bytes = (double)full->rows * row;
+    *out = (eval_reading){0};
+    if (full->rows == 0 || sum->tokens == 0) return;
+    out->rows_share = (double)sum->rows / (double)full->rows;
+    out->bytes_share = bytes / full_bytes;
+    out->bytes_per_token = bytes / (double)sum->tokens;
+}

@@ -1,0 +1,38 @@
+/* What the tasks share. */
+#ifndef EVAL_COMMON_H
+#define EVAL_COMMON_H
+
+#include "eval/eval.h"
+
+/* Progress over several reads: positions of one read become positions of all. */
+typedef struct eval_watch {
+    const quarry_watch *outer; /* may be NULL */
+    int64_t done, total;
+} eval_watch;
+
+/* Reads tokens, dense, and counts them as done. */
+quarry_code eval_read(quarry_session *session, const int32_t *tokens, int64_t n, eval_watch *watch, quarry_error *error);
+/* CANCELLED if the watcher wants to stop. */
+quarry_code eval_watch_ask(const eval_watch *watch, quarry_error *error);
+
+/* The code of an error that a function returning NULL filled. */
+static inline quarry_code eval_failed(const quarry_error *error)
+{
+    return error ? error->code : QUARRY_ERROR_MEMORY;
+}
+
+/* *n_bos is 1 and *bos the token if the model wants one in front of plain text, else 0. */
+quarry_code eval_bos(const quarry_model *model, int32_t *bos, int *n_bos, quarry_error *error);
+
+/* "full" and then attn[n_attn], in a new array (memory_free); the strings stay the caller's. */
+const char **eval_policies(const char *const *attn, int n_attn, quarry_error *error);
+
+/* Sums over the sessions of one policy. */
+typedef struct reading_sum {
+    int64_t index_bytes, rows, tokens;
+} reading_sum;
+/* Adds what a fork read for the n_tokens it was fed. */
+void reading_add(reading_sum *sum, const quarry_session *session, int64_t n_tokens);
+void reading_relate(const reading_sum *sum, const reading_sum *full, const quarry_model *model, eval_reading *out);
+
+#endif

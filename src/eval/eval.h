@@ -1,0 +1,185 @@
+/* eval: how good and how fast a retrieval policy is. Metrics are plain arithmetic; tasks read a document once, fork the session, and ask under each
+ * policy; nothing here prints. */
+#ifndef EVAL_EVAL_H
+#define EVAL_EVAL_H
+
+#include "base/base.h"
+#include "gen/gen.h"
+
+/* ---- metrics.c ---- */
+
+/* out[n] = logits - log(sum(exp(logits))), in double. */
+void metric_log_softmax(const float *logits, int64_t n, double *out);
+/* KL divergence sum p (log p - log q) in nats of two distributions given as logarithms, [n] each; terms with p = 0 are 0. Never negative. */
+double metric_kld(const double *log_p, const double *log_q, int64_t n);
+/* Index of the largest; the lower one of equals. */
+int32_t metric_argmax(const float *logits, int64_t n);
+
+/* A growing array of measurements; zero-initialise, free with series_free. */
+typedef struct series {
+    double *values;
+    int64_t n, capacity;
+} series;
+quarry_code series_push(series *s, double value, quarry_error *error);
+void series_free(series *s);
+
+typedef struct metric_summary {
+    int64_t n;
+    double mean, sd; /* of the sample, n - 1 below; 0 for n < 2 */
+    double standard_error, median, p99, max;
+} metric_summary;
+/* Sorts the values. All zero when there are none. */
+void series_summarise(series *s, metric_summary *out);
+/* The q-quantile of sorted[n], n > 0, interpolated between neighbours (NumPy's default, Hyndman and Fan's type 7). */
+double metric_quantile(const double *sorted, int64_t n, double q);
+/* Interval of a share of hits of n, at z standard deviations (1.96: 95 %). E. B. Wilson, JASA 22 (1927). [0, 1] when n is 0. */
+void metric_wilson(int64_t hits, int64_t n, double z, double *low, double *high);
+
+/* ---- lists.c: what a user writes on the command line ---- */
+
+/* "512,1024" as numbers in a new array (memory_free); what: the flag, for the message. Returns how many, or QUARRY_ERROR_ARGUMENT or _MEMORY. */
+int64_t list_parse_numbers(const char *text, const char *what, int64_t min, int64_t max, int64_t **out, quarry_error *error);
+/* "ivfpq:budget=0.02,tail=1,window" as policy specs: a piece "option=value" belongs to the spec before it. */
+typedef struct policy_list {
+    char **specs;
+    int n;
+} policy_list;
+quarry_code policy_list_add(policy_list *list, const char *text, quarry_error *error);
+void policy_list_free(policy_list *list);
+
+/* ---- common to the tasks ---- */
+
+typedef struct eval_text {
+    const char *name;
+    const int32_t *tokens; /* [n_tokens], without BOS */
+    int64_t n_tokens;
+} eval_text;
+
+/* What a policy read, relative to reading everything. */
+typedef struct eval_reading {
+    double rows_share;  /* K|V rows */
+    double bytes_share; /* index and rows */
+    double bytes_per_token;
+} eval_reading;
+
+/* ---- kld.c: distance of next-token distributions from those of full attention, teacher-forced ---- */
+
+typedef struct kld_params {
+    const char *const *attn; /* [n_attn] policies to compare with "full" */
+    int n_attn;
+    const eval_text *texts; /* [n_texts] */
+    int n_texts;
+    int64_t depth;   /* tokens read dense before */
+    int64_t n_steps; /* tokens teacher-forced one by one */
+    int samples;     /* in turn from each text, spread over it */
+    int n_batch;
+} kld_params;
+
+typedef struct kld_result {
+    const char *attn;
+    metric_summary kld; /* KLD(full || policy), nats, over samples * n_steps distributions */
+    double agreement;   /* share of steps whose most likely token is that of full */
+    double perplexity;  /* of the text */
+    eval_reading reading;
+} kld_result;
+
+/* results[1 + n_attn]: "full" first. Errors: ARGUMENT (text too short, unknown policy), CONTEXT (deeper than the model was trained for), CANCELLED. */
+quarry_code kld_measure(quarry_model *model, const kld_params *params, const quarry_watch *watch, kld_result *results, quarry_error *error);
+
+/* ---- haystack.c: a text with needles in it ---- */
+
+enum { NEEDLE_KEY_BYTES = 32, NEEDLE_DIGITS = 7, NEEDLE_MAX = 16 };
+
+typedef struct needle {
+    char key[NEEDLE_KEY_BYTES];     /* "copper-lantern" */
+    char number[NEEDLE_DIGITS + 1]; /* "7316402" */
+    double depth;                   /* where in the text it should be, 0 (beginning) to 1 */
+    int64_t at;                     /* where it is: first token of its sentence in the haystack */
+} needle;
+
+/* Draws keys and numbers, distinct within the call, and depths: one in each n-th of the text. */
+void needle_draw(needle *needles, int n, random_state *random);
+/* " One of the special magic numbers for KEY is: NUMBER." (RULER, arXiv 2404.06654); returns the length, less than capacity. */
+int needle_sentence(const needle *s, char *out, size_t capacity);
+/* The question about it, as it follows the text. */
+int needle_question(const needle *s, char *out, size_t capacity);
+/* True if an answer contains the number, digits grouped by commas or not. */
+bool needle_answered(const needle *s, const char *answer, size_t n_bytes);
+
+/* starts[i] (of n): a sentence begins at token i, so that one can be put in front of it. pieces(i) is the text of token i. */
+typedef const char *(*token_text_fn)(const void *data, int32_t token, size_t *n_bytes);
+void sentence_starts(const int32_t *tokens, int64_t n, token_text_fn text, const void *data, bool *starts);
+
+/* Fills out[n_tokens] with text from `first` on and the needles' sentences in it, each at the start of a sentence nearest to its depth; sets their `at`.
+ * sentences[i] are the tokens of needles[i]. False if the text is too short or the sentences do not fit. */
+bool haystack_build(const int32_t *text, const bool *starts, int64_t n_text, int64_t first, needle *needles, const token_list *sentences,
+                    int n_needles, int32_t *out, int64_t n_tokens);
+
+/* ---- needle.c: are needles still found? ---- */
+
+typedef struct needle_params {
+    const char *const *attn; /* [n_attn] policies to compare with "full" */
+    int n_attn;
+    const eval_text *texts; /* [n_texts] */
+    int n_texts;
+    const int64_t *depths; /* [n_depths] tokens per haystack */
+    int n_depths;
+    int count;    /* haystacks per depth and text */
+    int needles;  /* in each haystack; every one is asked for */
+    int n_answer; /* most tokens of an answer */
+    uint64_t seed;
+    int n_batch;
+} needle_params;
+
+typedef struct needle_result {
+    const char *attn;
+    int64_t asked, full_correct; /* the same for all policies */
+    int64_t correct;             /* answered by this policy */
+    int64_t kept;                /* answered by this policy and by full */
+    double kept_low, kept_high;  /* 95 % interval of kept / full_correct */
+    metric_summary kld;          /* KLD(full || policy) over the tokens of full's answers */
+    eval_reading reading;
+} needle_result;
+
+/* One question answered, for whoever wants to look. Texts end with NUL and live until the callback returns. */
+typedef struct needle_answer {
+    const char *text_name, *attn, *answer;
+    const needle *needle;
+    int64_t n_tokens;
+    bool correct, full_correct;
+} needle_answer;
+typedef void (*needle_answer_fn)(const needle_answer *answer, void *data);
+
+/* results[1 + n_attn]: "full" first. on_answer may be NULL. Errors as kld_measure; UNSUPPORTED when the model has no known chat template. */
+quarry_code needle_measure(quarry_model *model, const needle_params *params, const quarry_watch *watch, needle_answer_fn on_answer,
+                           void *data, needle_result *results, quarry_error *error);
+
+/* ---- speed.c: tokens per second ---- */
+
+typedef struct speed_params {
+    const char *const *attn; /* [n_attn] */
+    int n_attn;
+    const int64_t *n_prompt, *n_gen; /* [n_prompts], [n_gens]: tokens read, tokens decoded; 0: no such test */
+    int n_prompts, n_gens;
+    int64_t depth; /* tokens in the cache before, filled once for all tests */
+    int repetitions;
+    int n_batch;
+    const int32_t *tokens; /* [n_tokens] to read, from the start again when they run out; NULL: pseudo-random ones */
+    int64_t n_tokens;
+} speed_params;
+
+typedef struct speed_result {
+    const char *attn;
+    int64_t n_prompt, n_gen, n_depth; /* one of the first two is 0 */
+    const double *samples;            /* [n_samples] tokens per second */
+    int n_samples;
+    double mean, sd;
+} speed_result;
+typedef void (*speed_result_fn)(const speed_result *result, void *data);
+
+/* Calls on_result for every test and policy. Not timed: tokenising, sampling, filling the depth, and a first run of each. Policies take turns in
+ * each repetition, so that a slow moment of the machine meets all. A depth past the length the model was trained for is allowed. */
+quarry_code speed_measure(quarry_model *model, const speed_params *params, const quarry_watch *watch, speed_result_fn on_result, void *data,
+                          quarry_error *error);
+
+#endif

@@ -1,0 +1,317 @@
+#include "eval/common.h"
+
+#include <string.h>
+
+enum { SENTENCE_BYTES = 160 };
+
+typedef struct needle_tally {
+    series kld;
+    reading_sum reading;
+    int64_t correct, kept;
+} needle_tally;
+
+typedef struct needle_run {
+    quarry_model *model;
+    const needle_params *params;
+    const char **specs; /* [n_policies], "full" first */
+    int n_policies;
+    int64_t n_vocab, asked, full_correct;
+    needle_tally *tallies; /* [n_policies] */
+    bool **starts;         /* [n_texts][n_tokens] where a sentence begins */
+    float *reference;      /* [n_answer][n_vocab] logits of full along its answer */
+    double *log_p, *log_q; /* [n_vocab] */
+    eval_watch watch;
+    random_state random;
+    needle_answer_fn on_answer;
+    void *data;
+} needle_run;
+
+/* One haystack, read, and the question about one of its needles. */
+typedef struct needle_case {
+    const char *text_name;
+    const needle *needle;
+    int64_t n_tokens;
+    const quarry_session *read;
+    const token_list *question;
+    token_list answer; /* of full, its end included */
+    bool full_correct;
+} needle_case;
+
+static const char *token_text(const void *data, int32_t token, size_t *n_bytes)
+{
+    return tokenizer_token_bytes(data, token, n_bytes);
+}
+
+/* Greedy answer of a session that was fed the question; reference[n_answer][n_vocab], if not NULL, receives the logits each token was chosen from. */
+static quarry_code answer_greedy(needle_run *r, quarry_session *session, token_list *answer, float *reference, quarry_error *error)
+{
+    quarry_code code = QUARRY_OK;
+    for (int64_t i = 0; i < r->params->n_answer; i++) {
+        const float *logits = quarry_session_logits(session);
+        const int32_t token = metric_argmax(logits, r->n_vocab);
+        if (reference) memcpy(reference + i * r->n_vocab, logits, (size_t)r->n_vocab * sizeof *reference);
+        if ((code = token_list_push(answer, token, error)) != QUARRY_OK) return code;
+        if (quarry_token_ends(r->model, token) || i + 1 == r->params->n_answer) break;
+        if ((code = (quarry_code)quarry_session_feed(session, &token, 1, NULL, error)) != QUARRY_OK) return code;
+    }
+    return code;
+}
+
+/* Feeds full's answer and measures the distance at each of its tokens; *same: the policy would have said the same. */
+static quarry_code answer_forced(needle_run *r, quarry_session *session, const token_list *answer, needle_tally *t, bool *same,
+                                 quarry_error *error)
+{
+    quarry_code code = QUARRY_OK;
+    *same = true;
+    for (int64_t i = 0; i < answer->n; i++) {
+        const float *logits = quarry_session_logits(session);
+        metric_log_softmax(r->reference + i * r->n_vocab, r->n_vocab, r->log_p);
+        metric_log_softmax(logits, r->n_vocab, r->log_q);
+        if ((code = series_push(&t->kld, metric_kld(r->log_p, r->log_q, r->n_vocab), error)) != QUARRY_OK) return code;
+        *same = *same && metric_argmax(logits, r->n_vocab) == answer->ids[i];
+        if (i + 1 < answer->n && (code = (quarry_code)quarry_session_feed(session, &answer->ids[i], 1, NULL, error)) != QUARRY_OK)
+            return code;
+    }
+    return code;
+}
+
+static quarry_session *session_asked(const needle_case *c, int policy, quarry_error *error)
+{
+    quarry_session *session = session_fork_policy(c->read, policy, error);
+    if (session && quarry_session_feed(session, c->question->ids, c->question->n, NULL, error) != QUARRY_OK) {
+        quarry_session_close(session);
+        return NULL;
+    }
+    return session;
+}
+
+/* The text of an answer, NUL-terminated; free with memory_free. */
+static char *answer_text(const needle_run *r, const token_list *answer, size_t *n_bytes, quarry_error *error)
+{
+    size_t n, total = 0;
+    for (int64_t i = 0; i < answer->n; i++) quarry_token_text(r->model, answer->ids[i], &n), total += n;
+    char *text = memory_alloc(total + 1, 1, "answer", error);
+    if (!text) return NULL;
+    *n_bytes = 0;
+    for (int64_t i = 0; i < answer->n; i++) {
+        if (quarry_token_ends(r->model, answer->ids[i])) break;
+        const char *piece = quarry_token_text(r->model, answer->ids[i], &n);
+        memcpy(text + *n_bytes, piece, n);
+        *n_bytes += n;
+    }
+    text[*n_bytes] = '\0';
+    return text;
+}
+
+static quarry_code answer_judge(needle_run *r, needle_case *c, int policy, const token_list *answer, quarry_error *error)
+{
+    size_t n_bytes;
+    char *text = answer_text(r, answer, &n_bytes, error);
+    if (!text) return QUARRY_ERROR_MEMORY;
+    const bool correct = needle_answered(c->needle, text, n_bytes);
+    if (policy == 0) {
+        c->full_correct = correct;
+        r->full_correct += correct;
+        r->asked++;
+    }
+    r->tallies[policy].correct += correct;
+    r->tallies[policy].kept += correct && c->full_correct;
+    if (r->on_answer) {
+        const needle_answer a = {c->text_name, r->specs[policy], text, c->needle, c->n_tokens, correct, c->full_correct};
+        r->on_answer(&a, r->data);
+    }
+    memory_free(text);
+    return QUARRY_OK;
+}
+
+/* Policy 0 (full) answers freely and leaves the reference; the others follow its answer, and answer freely where they would have left it. */
+static quarry_code needle_ask(needle_run *r, needle_case *c, int policy, quarry_error *error)
+{
+    token_list own = {0};
+    bool same = true;
+    quarry_code code;
+    quarry_session *free_session = NULL, *session = session_asked(c, policy, error);
+    if (!session) return eval_failed(error);
+    if (policy == 0) {
+        c->answer.n = 0;
+        code = answer_greedy(r, session, &c->answer, r->reference, error);
+        for (int64_t i = 0; i < c->answer.n && code == QUARRY_OK; i++) code = series_push(&r->tallies[0].kld, 0, error);
+    } else {
+        code = answer_forced(r, session, &c->answer, &r->tallies[policy], &same, error);
+    }
+    if (code != QUARRY_OK) goto done;
+    reading_add(&r->tallies[policy].reading, session, c->question->n + c->answer.n - 1);
+    if (!same) {
+        if (!(free_session = session_asked(c, policy, error))) {
+            code = eval_failed(error);
+            goto done;
+        }
+        if ((code = answer_greedy(r, free_session, &own, NULL, error)) != QUARRY_OK) goto done;
+    }
+    code = answer_judge(r, c, policy, same ? &c->answer : &own, error);
+done:
+    quarry_session_close(free_session);
+    quarry_session_close(session);
+    token_list_free(&own);
+    return code;
+}
+
+/* The chat template around a text and a question, as tokens: before[] precedes the text. */
+static quarry_code question_encode(const needle_run *r, const needle *s, token_list *before, token_list *question, quarry_error *error)
+{
+    char text[SENTENCE_BYTES];
+    const int n_bytes = needle_question(s, text, sizeof text);
+    const chat_part parts[2] = {{"", 0}, {text, (size_t)n_bytes}};
+    const chat_message message = {"user", parts, 2};
+    token_list all = {0};
+    int64_t split;
+    const chat_template *chat = model_chat(r->model, error);
+    if (!chat) return eval_failed(error);
+    quarry_code code =
+        chat_encode(chat, model_tokenizer(r->model), model_chat_text(r->model), &message, 1, true, true, &all, &split, error);
+    before->n = question->n = 0;
+    for (int64_t i = 0; i < all.n && code == QUARRY_OK; i++) code = token_list_push(i < split ? before : question, all.ids[i], error);
+    token_list_free(&all);
+    return code;
+}
+
+/* Draws where the haystack begins and fills tokens[n_tokens] with it; before[] lies in front of the text and counts. */
+static quarry_code haystack_draw(needle_run *r, int text_index, needle *needles, const token_list *before, int32_t *tokens,
+                                 int64_t n_tokens, quarry_error *error)
+{
+    const eval_text *text = &r->params->texts[text_index];
+    const bool *starts = r->starts[text_index];
+    const int n = r->params->needles;
+    token_list sentences[NEEDLE_MAX] = {{0}};
+    quarry_code code = QUARRY_OK;
+    for (int i = 0; i < n; i++) {
+        char sentence[SENTENCE_BYTES];
+        const int n_bytes = needle_sentence(&needles[i], sentence, sizeof sentence);
+        code = tokenizer_encode(model_tokenizer(r->model), sentence, (size_t)n_bytes, TOKENIZE_PLAIN, &sentences[i], error);
+        if (code != QUARRY_OK) goto done;
+    }
+    const int64_t spare = text->n_tokens - n_tokens;
+    int64_t first = spare > 0 ? (int64_t)random_below(&r->random, (uint64_t)spare) : 0;
+    while (first > 0 && first < spare && !starts[first]) first++;
+    for (int64_t i = 0; i < before->n && i < n_tokens; i++) tokens[i] = before->ids[i];
+    if (before->n >= n_tokens ||
+        !haystack_build(text->tokens, starts, text->n_tokens, first, needles, sentences, n, tokens + before->n, n_tokens - before->n))
+        code = error_set(error, QUARRY_ERROR_ARGUMENT, "%s: %lld tokens are not enough for %d needles in %lld", text->name,
+                         (long long)text->n_tokens, n, (long long)n_tokens);
+done:
+    for (int i = 0; i < n; i++) token_list_free(&sentences[i]);
+    return code;
+}
+
+/* One haystack: read once, then every needle asked for under every policy. */
+static quarry_code haystack_run(needle_run *r, int text_index, int64_t n_tokens, quarry_error *error)
+{
+    needle needles[NEEDLE_MAX];
+    token_list before = {0}, question = {0};
+    needle_case c = {.text_name = r->params->texts[text_index].name, .n_tokens = n_tokens};
+    const quarry_session_params session_params = {.n_batch = r->params->n_batch};
+    quarry_session *session = NULL;
+    quarry_code code;
+    int32_t *tokens = memory_alloc((size_t)n_tokens, sizeof *tokens, "haystack", error);
+    if (!tokens) return QUARRY_ERROR_MEMORY;
+    needle_draw(needles, r->params->needles, &r->random);
+    if ((code = question_encode(r, &needles[0], &before, &question, error)) != QUARRY_OK) goto done;
+    if ((code = haystack_draw(r, text_index, needles, &before, tokens, n_tokens, error)) != QUARRY_OK) goto done;
+    if (!(session = session_open_policies(r->model, &session_params, r->specs, r->n_policies, error))) {
+        code = eval_failed(error);
+        goto done;
+    }
+    if ((code = eval_read(session, tokens, n_tokens, &r->watch, error)) != QUARRY_OK) goto done;
+    c.read = session;
+    c.question = &question;
+    for (int i = 0; i < r->params->needles; i++) {
+        c.needle = &needles[i];
+        if ((code = question_encode(r, c.needle, &before, &question, error)) != QUARRY_OK) goto done;
+        for (int policy = 0; policy < r->n_policies; policy++) {
+            if ((code = eval_watch_ask(&r->watch, error)) != QUARRY_OK) goto done;
+            if ((code = needle_ask(r, &c, policy, error)) != QUARRY_OK) goto done;
+        }
+    }
+done:
+    quarry_session_close(session);
+    token_list_free(&c.answer);
+    token_list_free(&before);
+    token_list_free(&question);
+    memory_free(tokens);
+    return code;
+}
+
+static quarry_code needle_check(const needle_params *p, quarry_error *error)
+{
+    if (p->n_texts < 1 || p->n_depths < 1 || p->count < 1 || p->n_answer < 1)
+        return error_set(error, QUARRY_ERROR_ARGUMENT, "texts, depths, count and answer tokens must be at least 1");
+    if (p->needles < 1 || p->needles > NEEDLE_MAX)
+        return error_set(error, QUARRY_ERROR_ARGUMENT, "--needles: %d, should be 1 to %d", p->needles, NEEDLE_MAX);
+    return QUARRY_OK;
+}
+
+static quarry_code needle_alloc(needle_run *r, quarry_error *error)
+{
+    const needle_params *p = r->params;
+    const size_t n_vocab = (size_t)r->n_vocab;
+    if (!(r->specs = eval_policies(p->attn, p->n_attn, error))) return QUARRY_ERROR_MEMORY;
+    if (!(r->tallies = memory_zero((size_t)r->n_policies, sizeof *r->tallies, "tallies", error))) return QUARRY_ERROR_MEMORY;
+    if (!(r->starts = memory_zero((size_t)p->n_texts, sizeof *r->starts, "sentences", error))) return QUARRY_ERROR_MEMORY;
+    for (int i = 0; i < p->n_texts; i++) {
+        const eval_text *text = &p->texts[i];
+        if (!(r->starts[i] = memory_alloc((size_t)text->n_tokens, sizeof **r->starts, "sentences", error))) return QUARRY_ERROR_MEMORY;
+        sentence_starts(text->tokens, text->n_tokens, token_text, model_tokenizer(r->model), r->starts[i]);
+    }
+    if (!(r->reference = memory_alloc((size_t)p->n_answer, n_vocab * sizeof *r->reference, "reference logits", error)))
+        return QUARRY_ERROR_MEMORY;
+    if (!(r->log_p = memory_alloc(n_vocab, sizeof *r->log_p, "probabilities", error))) return QUARRY_ERROR_MEMORY;
+    if (!(r->log_q = memory_alloc(n_vocab, sizeof *r->log_q, "probabilities", error))) return QUARRY_ERROR_MEMORY;
+    return QUARRY_OK;
+}
+
+static void needle_free(needle_run *r)
+{
+    for (int i = 0; r->tallies && i < r->n_policies; i++) series_free(&r->tallies[i].kld);
+    for (int i = 0; r->starts && i < r->params->n_texts; i++) memory_free(r->starts[i]);
+    memory_free(r->specs);
+    memory_free(r->tallies);
+    memory_free(r->starts);
+    memory_free(r->reference);
+    memory_free(r->log_p);
+    memory_free(r->log_q);
+}
+
+quarry_code needle_measure(quarry_model *model, const needle_params *params, const quarry_watch *watch, needle_answer_fn on_answer,
+                           void *data, needle_result *results, quarry_error *error)
+{
+    needle_run r = {.model = model,
+                    .params = params,
+                    .n_policies = params->n_attn + 1,
+                    .n_vocab = model_shape_of(model)->n_vocab,
+                    .watch = {.outer = watch},
+                    .on_answer = on_answer,
+                    .data = data};
+    quarry_code code = needle_check(params, error);
+    if (code != QUARRY_OK) return code;
+    random_seed(&r.random, params->seed);
+    for (int d = 0; d < params->n_depths; d++) r.watch.total += params->depths[d] * params->n_texts * params->count;
+    if ((code = needle_alloc(&r, error)) != QUARRY_OK) goto done;
+    for (int d = 0; d < params->n_depths; d++)
+        for (int t = 0; t < params->n_texts; t++)
+            for (int i = 0; i < params->count; i++)
+                if ((code = haystack_run(&r, t, params->depths[d], error)) != QUARRY_OK) goto done;
+    for (int i = 0; i < r.n_policies; i++) {
+        needle_tally *t = &r.tallies[i];
+        results[i] = (needle_result){.attn = i ? params->attn[i - 1] : "full",
+                                     .asked = r.asked,
+                                     .full_correct = r.full_correct,
+                                     .correct = t->correct,
+                                     .kept = t->kept};
+        metric_wilson(t->kept, r.full_correct, 1.96, &results[i].kept_low, &results[i].kept_high);
+        series_summarise(&t->kld, &results[i].kld);
+        reading_relate(&t->reading, &r.tallies[0].reading, model, &results[i].reading);
+    }
+done:
+    needle_free(&r);
+    return code;
+}
