@@ -5,6 +5,9 @@
 
 static const cli_command *const commands[] = {
     &command_tokenize,
+    &command_bench,
+    &command_eval_kld,
+    &command_eval_needle,
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 

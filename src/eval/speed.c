@@ -72,7 +72,7 @@ static quarry_code speed_test(speed_run *r, int64_t n, bool decode, quarry_error
     if (n == 0) return QUARRY_OK;
     for (int i = -1; i < p->repetitions; i++) /* -1: the first run of each, as a rule slower, does not count */
         for (int policy = 0; policy < p->n_attn; policy++) {
-            double tokens_per_second;
+            double tokens_per_second = 0;
             const int64_t n_now = i < 0 && decode ? 1 : n;
             if ((code = eval_watch_ask(&r->watch, error)) != QUARRY_OK) return code;
             if ((code = speed_once(r, policy, n_now, decode, &tokens_per_second, error)) != QUARRY_OK) return code;
