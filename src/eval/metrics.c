@@ -9,8 +9,8 @@ void metric_log_softmax(const float *logits, int64_t n, double *out)
     double max = -INFINITY, sum = 0;
     for (int64_t i = 0; i < n; i++) max = logits[i] > max ? logits[i] : max;
     for (int64_t i = 0; i < n; i++) sum += exp(logits[i] - max);
-    const double log_sum = max + log(sum);
-    for (int64_t i = 0; i < n; i++) out[i] = logits[i] - log_sum;
+    const double log_sum = log(sum); /* subtracted after max, or large logits would cost digits */
+    for (int64_t i = 0; i < n; i++) out[i] = (logits[i] - max) - log_sum;
 }
 
 double metric_kld(const double *log_p, const double *log_q, int64_t n)
