@@ -5,7 +5,7 @@ PREFIX ?= /usr/local
 all:
 	@scripts/install-deps.sh --check build
 	@cmake -S . -B $(BUILD) -DCMAKE_INSTALL_PREFIX=$(PREFIX) >/dev/null
-	@cmake --build $(BUILD) --parallel
+	@cmake --build $(BUILD) --parallel $$(nproc)
 
 demo:
 	@scripts/demo.sh

@@ -9,8 +9,8 @@ step() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 # build FOLDER COMPILER OPTION…
 build() {
     local folder=$1 compiler=$2; shift 2
-    CC=$compiler cmake -S . -B "$folder" -DQUARRY_WERROR=ON "$@" >/dev/null
-    cmake --build "$folder" -- --no-print-directory --quiet
+    CC=$compiler cmake -S . -B "$folder" -DQUARRY_WERROR=ON -DCMAKE_RULE_MESSAGES=OFF "$@" >/dev/null
+    cmake --build "$folder" -- --no-print-directory
 }
 
 tests() {
@@ -45,5 +45,5 @@ scripts/fuzz.sh
 
 step "gcc: build, all tests"
 build build-check/gcc gcc
-cmake --build build-check/gcc --target benches -- --no-print-directory --quiet
+cmake --build build-check/gcc --target benches -- --no-print-directory
 tests build-check/gcc
