@@ -69,7 +69,8 @@ typedef void (*quarry_log_fn)(quarry_log_level level, const char *line, void *da
 /* Called between pieces of work (many times a second): done and total in tokens. Return false to cancel. */
 typedef bool (*quarry_progress_fn)(int64_t done, int64_t total, void *data);
 
-/* Receives generated text, whole UTF-8 characters only, not NUL-terminated. Return false to stop. */
+/* Receives generated text, whole UTF-8 characters only, not NUL-terminated; called for every token, with n_bytes 0 when there is nothing to show yet. Return false
+ * to stop. */
 typedef bool (*quarry_text_fn)(const char *text, size_t n_bytes, void *data);
 
 /* Progress and cancellation for a call that takes long. A NULL pointer to it means neither. */

@@ -137,7 +137,8 @@ int cli_read_input(char **text, size_t *n_bytes, const cli_input_options *option
 
 /* Prints "quarry: …" and returns CLI_FAILED. */
 int cli_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
-/* The same for a library error; CANCELLED prints "interrupted" and returns CLI_INTERRUPTED. */
+int cli_fail_interrupted(void); /* "interrupted", CLI_INTERRUPTED */
+/* The same for a library error; CANCELLED is an interrupt. */
 int cli_fail_error(const quarry_error *error);
 /* Prints "quarry: …" and where help is; returns CLI_USAGE. command may be NULL. */
 int cli_fail_usage(const cli_command *command, const char *format, ...) __attribute__((format(printf, 2, 3)));

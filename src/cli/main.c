@@ -4,6 +4,9 @@
 #include "cli/cli.h"
 
 static const cli_command *const commands[] = {
+    &command_ask,
+    &command_run,
+    &command_info,
     &command_tokenize,
     &command_bench,
     &command_eval_kld,

@@ -31,11 +31,14 @@ int cli_fail(const char *format, ...)
 
 int cli_fail_error(const quarry_error *error)
 {
-    if (error->code == QUARRY_ERROR_CANCELLED) {
-        cli_fail("interrupted");
-        return CLI_INTERRUPTED;
-    }
+    if (error->code == QUARRY_ERROR_CANCELLED) return cli_fail_interrupted();
     return cli_fail("%s", error->message);
+}
+
+int cli_fail_interrupted(void)
+{
+    cli_fail("interrupted");
+    return CLI_INTERRUPTED;
 }
 
 int cli_fail_usage(const cli_command *command, const char *format, ...)

@@ -62,7 +62,7 @@ static void stream_end(text_stream *s, quarry_stop_reason reason)
 
 static void stream_emit(text_stream *s, const char *text, size_t n)
 {
-    if (n && s->on_text && !s->on_text(text, n, s->data)) stream_end(s, QUARRY_STOP_CALLBACK);
+    if (s->on_text && !s->on_text(text, n, s->data)) stream_end(s, QUARRY_STOP_CALLBACK);
 }
 
 static quarry_code stream_match(text_stream *s, const char *text, size_t n, quarry_error *error)

@@ -4,8 +4,6 @@
 #include <string.h>
 #include <time.h>
 
-enum { DEFAULT_BATCH = 512 };
-
 static double now(void)
 {
     struct timespec t;
@@ -36,7 +34,7 @@ static quarry_session *session_new(quarry_model *model, const quarry_session_par
 static quarry_code check_params(const quarry_model *model, quarry_session_params *params, quarry_error *error)
 {
     if (params->n_ctx == 0) params->n_ctx = model_shape_of(model)->n_ctx_train;
-    if (params->n_batch == 0) params->n_batch = DEFAULT_BATCH;
+    if (params->n_batch == 0) params->n_batch = SESSION_DEFAULT_BATCH;
     if (params->n_ctx < 0 || params->n_ctx > INT32_MAX)
         return error_set(error, QUARRY_ERROR_ARGUMENT, "context size %lld is out of range", (long long)params->n_ctx);
     if (params->n_batch < 1 || params->n_batch > 65536)

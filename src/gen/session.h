@@ -4,7 +4,7 @@
 
 #include "gen/gen.h"
 
-enum { SESSION_MAX_POLICIES = 32 };
+enum { SESSION_MAX_POLICIES = 32, SESSION_DEFAULT_BATCH = 512 };
 
 struct quarry_session {
     quarry_model *model;

@@ -1,0 +1,175 @@
+#include "cli/answer.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <sys/resource.h>
+
+#include "cli/json.h"
+
+int answer_check_room(const quarry_model *model, const answer_settings *settings, int64_t n_tokens, const char *what)
+{
+    quarry_model_info info;
+    quarry_model_get_info(model, &info);
+    int64_t limit = settings->session.n_ctx ? settings->session.n_ctx : info.n_ctx_train;
+    if (n_tokens < limit && n_tokens < info.n_ctx_train) return CLI_OK;
+    if (n_tokens < info.n_ctx_train)
+        return cli_fail(
+            "%s %lld tokens, which leaves no room in a context of %lld: raise -c (this model can do up to %lld) or shorten the text", what,
+            (long long)n_tokens, (long long)limit, (long long)info.n_ctx_train);
+    return cli_fail("%s %lld tokens, but the context of this model ends at %lld: shorten the text, or use a model with a longer context",
+                    what, (long long)n_tokens, (long long)info.n_ctx_train);
+}
+
+int answer_read(quarry_session *session, const answer_settings *settings, const int32_t *context, int64_t n_context,
+                const int32_t *question, int64_t n_question)
+{
+    cli_progress reading, asking;
+    quarry_error error;
+    quarry_watch watch = cli_progress_start(&reading, "reading", settings->output.quiet);
+    cli_work_begin();
+    int failed = quarry_session_read(session, context, n_context, &watch, &error);
+    cli_progress_end(&reading);
+    watch = cli_progress_start(&asking, "asking", true);
+    if (!failed) failed = quarry_session_feed(session, question, n_question, &watch, &error);
+    cli_work_end();
+    if (failed) return cli_fail_error(&error);
+    return cli_interrupted() ? cli_fail_interrupted() : CLI_OK;
+}
+
+/* ---- the answer's text ---- */
+
+typedef struct answer_text {
+    bool collect; /* for JSON: keep the text instead of printing it */
+    char *text;
+    size_t n, capacity;
+    char last; /* character printed */
+    bool out_of_memory;
+} answer_text;
+
+static bool on_text(const char *text, size_t n_bytes, void *data)
+{
+    answer_text *a = data;
+    if (cli_interrupted()) return false;
+    if (!n_bytes) return true;
+    if (!a->collect) {
+        a->last = text[n_bytes - 1];
+        return cli_write(text, n_bytes) && cli_flush();
+    }
+    if (a->n + n_bytes > a->capacity) {
+        size_t capacity = 2 * (a->n + n_bytes);
+        a->out_of_memory = memory_grow(&a->text, capacity, 1, "answer", NULL) != QUARRY_OK;
+        if (a->out_of_memory) return false;
+        a->capacity = capacity;
+    }
+    memcpy(a->text + a->n, text, n_bytes);
+    a->n += n_bytes;
+    return true;
+}
+
+/* ---- statistics ---- */
+
+typedef struct report {
+    const quarry_model *model;
+    const answer_settings *settings;
+    quarry_stats stats;
+    quarry_stop_reason reason;
+    size_t resident_bytes; /* most the process ever held */
+} report;
+
+static size_t peak_resident(void)
+{
+    struct rusage usage;
+    return getrusage(RUSAGE_SELF, &usage) ? 0 : (size_t)usage.ru_maxrss * 1024;
+}
+
+static double per_second(int64_t n, double seconds)
+{
+    return seconds > 0 ? (double)n / seconds : 0;
+}
+
+static const char *const reason_names[] = {[QUARRY_STOP_END] = "end",
+                                           [QUARRY_STOP_STRING] = "stop",
+                                           [QUARRY_STOP_LENGTH] = "length",
+                                           [QUARRY_STOP_CONTEXT] = "context",
+                                           [QUARRY_STOP_CALLBACK] = "callback"};
+static const char *const reason_notes[] = {[QUARRY_STOP_END] = "",
+                                           [QUARRY_STOP_STRING] = "; ended at a stop string",
+                                           [QUARRY_STOP_LENGTH] = "; cut at the limit of -n",
+                                           [QUARRY_STOP_CONTEXT] = "; cut because the context is full",
+                                           [QUARRY_STOP_CALLBACK] = ""};
+
+static void print_report(const report *r)
+{
+    const quarry_stats *s = &r->stats;
+    char a[32], b[32], c[32], d[32], e[32];
+    quarry_model_info info;
+    quarry_model_get_info(r->model, &info);
+    fprintf(stderr, "\nread       %lld tokens in %.2f s, %.0f tokens/s\n", (long long)s->n_read, s->read_seconds,
+            per_second(s->n_read, s->read_seconds));
+    if (s->n_fed) fprintf(stderr, "question   %lld tokens in %.2f s\n", (long long)s->n_fed, s->feed_seconds);
+    fprintf(stderr, "answer     %lld tokens in %.2f s, %.1f tokens/s%s\n", (long long)s->n_generated, s->generate_seconds,
+            per_second(s->n_generated, s->generate_seconds), reason_notes[r->reason]);
+    if (s->kv_bytes_per_step > 0)
+        fprintf(stderr, "attention  %s read %s of keys and values per token, full attention reads %s: %.1f times as much\n",
+                r->settings->session.attn, cli_bytes(s->kv_bytes_per_step, a), cli_bytes(s->kv_bytes_full, b),
+                s->kv_bytes_full / s->kv_bytes_per_step);
+    fprintf(stderr, "memory     weights %s, keys and values %s, index %s, scratch %s; peak of the process %s\n",
+            cli_bytes((double)info.weight_bytes, a), cli_bytes((double)s->kv_bytes, b), cli_bytes((double)s->index_bytes, c),
+            cli_bytes((double)s->scratch_bytes, d), cli_bytes((double)r->resident_bytes, e));
+}
+
+static json_t *count_json(int64_t n, double seconds)
+{
+    return json_pack("{s:I, s:f, s:f}", "tokens", (json_int_t)n, "seconds", seconds, "tokens_per_second", per_second(n, seconds));
+}
+
+static json_t *report_json(const report *r, const answer_text *answer)
+{
+    const quarry_stats *s = &r->stats;
+    quarry_model_info info;
+    quarry_model_get_info(r->model, &info);
+    double ratio = s->kv_bytes_per_step > 0 ? s->kv_bytes_full / s->kv_bytes_per_step : 1;
+    return json_pack(
+        "{s:o, s:s, s:{s:o, s:s, s:s, s:s, s:i}, s:s, s:o, s:o, s:o, s:{s:f, s:f, s:f}, s:{s:I, s:I, s:I, s:I, s:I}}",                  //
+        "answer", json_text(answer->n ? answer->text : "", answer->n), "stop", reason_names[r->reason],                                 //
+        "model", "name", json_text(info.name, strlen(info.name)), "architecture", info.architecture, "quantization", info.quantization, //
+        "kernels", info.kernels, "threads", info.n_threads, "attention", r->settings->session.attn,                                     //
+        "read", count_json(s->n_read, s->read_seconds), "question", count_json(s->n_fed, s->feed_seconds),                              //
+        "generated", count_json(s->n_generated, s->generate_seconds),                                                                   //
+        "kv_read_per_token", "bytes", s->kv_bytes_per_step, "full_attention_bytes", s->kv_bytes_full, "ratio", ratio,                   //
+        "memory", "weights", (json_int_t)info.weight_bytes, "kv", (json_int_t)s->kv_bytes, "index", (json_int_t)s->index_bytes,         //
+        "scratch", (json_int_t)s->scratch_bytes, "peak_resident", (json_int_t)r->resident_bytes);
+}
+
+int answer_run(const quarry_model *model, quarry_session *session, const answer_settings *settings)
+{
+    cli_sampling sampling;
+    answer_text answer = {.collect = settings->output.json};
+    report r = {.model = model, .settings = settings};
+    quarry_error error;
+    int code = cli_sampling_make(&sampling, &settings->sampling, model);
+    if (code) goto done;
+    cli_work_begin();
+    int failed = quarry_session_generate(session, &sampling.params, on_text, &answer, &r.reason, &error);
+    cli_work_end();
+    if (answer.last && answer.last != '\n') cli_print("\n");
+    cli_flush();
+    if (failed) {
+        code = cli_fail_error(&error);
+    } else if (cli_interrupted()) {
+        code = cli_fail_interrupted();
+    } else if (answer.out_of_memory) {
+        code = cli_fail("out of memory");
+    } else if (r.reason != QUARRY_STOP_CALLBACK) {
+        quarry_session_get_stats(session, &r.stats);
+        r.resident_bytes = peak_resident();
+        if (settings->output.json)
+            code = json_print(report_json(&r, &answer));
+        else if (!settings->output.quiet)
+            print_report(&r);
+    }
+done:
+    cli_sampling_free(&sampling);
+    memory_free(answer.text);
+    return code;
+}

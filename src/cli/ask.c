@@ -1,0 +1,106 @@
+#include <string.h>
+
+#include "cli/answer.h"
+
+typedef struct ask_settings {
+    answer_settings answer;
+    cli_list documents;
+    const char *system;
+} ask_settings;
+
+static const cli_option ask_table[] = {{"--doc", "FILE", CLI_LIST, offsetof(ask_settings, documents), NULL,
+                                        "document to ask, plain text or Markdown; -: standard input; may be repeated", 0, 0},
+                                       {"-sys, --system-prompt", "TEXT", CLI_TEXT, offsetof(ask_settings, system), NULL,
+                                        "instructions for the model, ahead of the documents", 0, 0},
+                                       {0}};
+
+static const cli_group ask_groups[] = {{"Question", ask_table, 0}, ANSWER_GROUPS, {0}};
+
+/* ---- documents ---- */
+
+static const char *base_name(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
+static bool is_blank(const char *text, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (!strchr(" \t\r\n\v\f", text[i]) || !text[i]) return false;
+    return true;
+}
+
+static void documents_free(quarry_document *documents, int n)
+{
+    for (int i = 0; documents && i < n; i++) memory_free((void *)documents[i].text);
+    memory_free(documents);
+}
+
+static int documents_read(quarry_document **documents, const cli_list *paths)
+{
+    *documents = memory_zero((size_t)paths->n, sizeof **documents, "documents", NULL);
+    if (!*documents) return cli_fail("out of memory");
+    bool stdin_read = false;
+    for (int i = 0; i < paths->n; i++) {
+        quarry_document *d = &(*documents)[i];
+        const char *path = paths->items[i];
+        bool is_stdin = !strcmp(path, "-");
+        if (is_stdin && stdin_read) return cli_fail_usage(&command_ask, "--doc -: standard input can be read once");
+        stdin_read = stdin_read || is_stdin;
+        char *text;
+        int code = cli_read_file(&text, &d->n_bytes, path);
+        if (code) return code;
+        d->text = text;
+        d->name = is_stdin ? "standard input" : base_name(path);
+        if (is_blank(text, d->n_bytes)) return cli_fail("%s: the document is empty", is_stdin ? "standard input" : path);
+    }
+    return CLI_OK;
+}
+
+/* ---- the command ---- */
+
+static int ask_run(const void *settings, const cli_list *arguments)
+{
+    const ask_settings *s = settings;
+    quarry_document *documents = NULL;
+    quarry_model *model = NULL;
+    quarry_session *session = NULL;
+    quarry_prompt prompt = {0};
+    quarry_error error;
+    if (arguments->n == 0) return cli_fail_usage(&command_ask, "no question: quarry ask -m MODEL --doc FILE \"question\"");
+    if (arguments->n > 1) return cli_fail_usage(&command_ask, "one question expected, got %d; put it in quotes", arguments->n);
+    const char *question = arguments->items[0];
+    if (is_blank(question, strlen(question))) return cli_fail("the question is empty");
+
+    int code = documents_read(&documents, &s->documents);
+    if (!code) code = cli_model_open(&model, &s->answer.model, &s->answer.output);
+    if (code) goto done;
+    if (quarry_prompt_build(model, documents, s->documents.n, s->system, question, &prompt, &error)) {
+        code = cli_fail_error(&error);
+        goto done;
+    }
+    const char *what = s->documents.n ? "the documents and the question take" : "the question takes";
+    code = answer_check_room(model, &s->answer, prompt.n_context + prompt.n_question, what);
+    if (!code) code = cli_session_open(&session, model, &s->answer.session);
+    if (!code) code = answer_read(session, &s->answer, prompt.context, prompt.n_context, prompt.question, prompt.n_question);
+    if (!code) code = answer_run(model, session, &s->answer);
+done:
+    quarry_session_close(session);
+    quarry_prompt_free(&prompt);
+    quarry_model_close(model);
+    documents_free(documents, s->documents.n);
+    return code;
+}
+
+const cli_command command_ask = {
+    "ask",
+    "[options] QUESTION",
+    "answer a question about documents",
+    "The documents are read once, in full; the answer is then written while attention searches them. The answer goes to standard output, "
+    "everything else to "
+    "standard error.\n\nExample:\n  quarry ask -m model.gguf --doc book.txt \"Who is the narrator?\"",
+    ask_groups,
+    sizeof(ask_settings),
+    ask_run,
+};

@@ -1,0 +1,138 @@
+#include <string.h>
+
+#include "attn/attn.h"
+#include "cli/cli.h"
+#include "cli/json.h"
+#include "gen/gen.h"
+
+typedef struct info_settings {
+    cli_model_options model;
+    cli_session_options session;
+    bool list_policies, json;
+} info_settings;
+
+/* The context options of the other commands without the policy: here --attn lists them. */
+static const cli_option info_table[] = {
+    {"-c, --ctx-size", "N", CLI_INT, offsetof(info_settings, session.n_ctx), "0",
+     "tokens of context to reckon memory for; 0: what the model was trained for", 0, 1e9},
+    {"-b, --batch-size", "N", CLI_INT, offsetof(info_settings, session.n_batch), "512", "tokens per forward pass while reading", 1, 65536},
+    {"--kv-f32", NULL, CLI_SWITCH, offsetof(info_settings, session.kv_f32), NULL, "reckon with keys and values in 32 bits", 0, 0},
+    {"--attn", NULL, CLI_SWITCH, offsetof(info_settings, list_policies), NULL,
+     "list the retrieval policies and their options instead; needs no model", 0, 0},
+    {"--json", NULL, CLI_SWITCH, offsetof(info_settings, json), NULL, "print one JSON object", 0, 0},
+    {0}};
+
+static const cli_group info_groups[] = {{"Options", info_table, 0}, {"Model", cli_model_table, offsetof(info_settings, model)}, {0}};
+
+/* ---- retrieval policies ---- */
+
+/* Calls visit for each line of a policy's options, "budget=0.03 share of …". */
+static void print_options(const char *options)
+{
+    while (*options) {
+        size_t n = strcspn(options, "\n"), key = strcspn(options, " \n");
+        if (n) cli_print("    %-20.*s %.*s\n", (int)key, options, (int)(n - key ? n - key - 1 : 0), options + key + (n > key));
+        options += n;
+        options += *options == '\n';
+    }
+}
+
+static json_t *options_json(const char *options)
+{
+    json_t *list = json_array();
+    while (*options) {
+        size_t n = strcspn(options, "\n"), key = strcspn(options, "= \n"), value = strcspn(options, " \n");
+        size_t at = value > key ? key + 1 : key, text = n > value ? value + 1 : n;
+        if (n)
+            json_array_append_new(list, json_pack("{s:s%, s:s%, s:s%}", "name", options, key, "default", options + at, value - at, "help",
+                                                  options + text, n - text));
+        options += n;
+        options += *options == '\n';
+    }
+    return list;
+}
+
+static int list_policies(bool as_json)
+{
+    if (as_json) {
+        json_t *list = json_array();
+        for (int i = 0; attn_policies[i]; i++) {
+            const attn_policy_type *p = attn_policies[i];
+            json_array_append_new(
+                list, json_pack("{s:s, s:s, s:o}", "name", p->name, "summary", p->summary, "options", options_json(p->options)));
+        }
+        return json_print(json_pack("{s:o}", "policies", list));
+    }
+    cli_print("Retrieval policies for --attn NAME or NAME:OPTION=VALUE,... (the first is the default)\n");
+    for (int i = 0; attn_policies[i]; i++) {
+        cli_print("\n  %-22s %s\n", attn_policies[i]->name, attn_policies[i]->summary);
+        print_options(attn_policies[i]->options);
+    }
+    return CLI_OK;
+}
+
+/* ---- model ---- */
+
+static void print_model(const quarry_model_info *m, const session_memory *need)
+{
+    char a[32];
+    cli_print("name          %s\n", *m->name ? m->name : "(none)");
+    cli_print("architecture  %s: %d layers, width %d, %d query heads and %d KV heads of %d\n", m->architecture, m->n_layer, m->n_embd,
+              m->n_head, m->n_head_kv, m->head_dim);
+    cli_print("parameters    %.4g million, mostly %s\n", (double)m->n_params / 1e6, m->quantization);
+    cli_print("tokenizer     %s, %d tokens\n", m->tokenizer, m->n_vocab);
+    cli_print("chat template %s\n", *m->chat_template ? m->chat_template : "none recognised (name one with --chat-template)");
+    cli_print("context       %lld tokens in training\n", (long long)m->n_ctx_train);
+    cli_print("kernels       %s on %d threads\n", m->kernels, m->n_threads);
+    cli_print("\nMemory with a context of %lld tokens\n", (long long)need->n_ctx);
+    cli_print("  weights          %10s\n", cli_bytes((double)m->weight_bytes, a));
+    cli_print("  keys and values  %10s\n", cli_bytes((double)need->kv_bytes, a));
+    cli_print("  index            %10s, estimated\n", cli_bytes((double)need->index_bytes, a));
+    cli_print("  scratch          %10s, estimated\n", cli_bytes((double)need->scratch_bytes, a));
+    cli_print("  together         %10s\n",
+              cli_bytes((double)m->weight_bytes + (double)need->kv_bytes + (double)need->index_bytes + (double)need->scratch_bytes, a));
+}
+
+static int print_model_json(const quarry_model_info *m, const session_memory *need)
+{
+    json_t *shape = json_pack("{s:i, s:i, s:i, s:i, s:i, s:i, s:I, s:I}", "layers", m->n_layer, "heads", m->n_head, "kv_heads",
+                              m->n_head_kv, "head_dim", m->head_dim, "embedding", m->n_embd, "vocabulary", m->n_vocab, "context",
+                              (json_int_t)m->n_ctx_train, "parameters", (json_int_t)m->n_params);
+    json_t *memory =
+        json_pack("{s:I, s:I, s:I, s:I, s:I}", "context", (json_int_t)need->n_ctx, "weights", (json_int_t)m->weight_bytes, "kv",
+                  (json_int_t)need->kv_bytes, "index", (json_int_t)need->index_bytes, "scratch", (json_int_t)need->scratch_bytes);
+    return json_print(json_pack("{s:o, s:s, s:s, s:s, s:s, s:s, s:i, s:o, s:o}", "name", json_text(m->name, strlen(m->name)),
+                                "architecture", m->architecture, "quantization", m->quantization, "tokenizer", m->tokenizer,
+                                "chat_template", m->chat_template, "kernels", m->kernels, "threads", m->n_threads, "shape", shape, "memory",
+                                memory));
+}
+
+static int info_run(const void *settings, const cli_list *arguments)
+{
+    const info_settings *s = settings;
+    quarry_model *model = NULL;
+    quarry_model_info info;
+    session_memory need;
+    quarry_error error;
+    cli_model_options options = s->model;
+    if (s->list_policies) return list_policies(s->json);
+    if (arguments->n > 1 || (arguments->n && options.path)) return cli_fail_usage(&command_info, "one model expected");
+    if (arguments->n) options.path = arguments->items[0];
+    int code = cli_model_open(&model, &options, NULL);
+    if (code) return code;
+    quarry_session_params params = {.n_ctx = s->session.n_ctx, .n_batch = (int)s->session.n_batch, .kv_f32 = s->session.kv_f32};
+    quarry_model_get_info(model, &info);
+    if (session_memory_estimate(model, &params, &need, &error))
+        code = cli_fail_error(&error);
+    else if (s->json)
+        code = print_model_json(&info, &need);
+    else
+        print_model(&info, &need);
+    quarry_model_close(model);
+    return code;
+}
+
+const cli_command command_info = {
+    "info",   "[options] [MODEL]", "show a model, the memory it needs, and the chosen kernels", NULL, info_groups, sizeof(info_settings),
+    info_run,
+};
