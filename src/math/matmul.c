@@ -112,8 +112,8 @@ static void quantize_group(void *context, int64_t group, int thread)
     (void)thread;
     const struct quantize_loop *loop = context;
     const activations *a = loop->a;
-    int64_t first = group * loop->kernels->group;
-    int n = (int)(a->n_rows - first < loop->kernels->group ? a->n_rows - first : loop->kernels->group);
+    int64_t first = group * ACTIVATION_GROUP;
+    int n = (int)(a->n_rows - first < ACTIVATION_GROUP ? a->n_rows - first : ACTIVATION_GROUP);
     loop->kernels->quantize(a->x + first * a->n_in, n, a->n_in, (uint8_t *)a->quantized + activation_bytes(first, a->n_in));
 }
 
@@ -122,7 +122,7 @@ void activations_quantize(activations *a, const matmul_kernels *kernels, thread_
     enum { WORTH_A_LOOP = 1 << 15 }; /* floats; less takes no longer than waking a thread */
     struct quantize_loop loop = {a, kernels};
     if (a->n_in % SUB_BLOCK != 0) return; /* then all weights are floats and read a->x */
-    int64_t n_groups = (a->n_rows + kernels->group - 1) / kernels->group;
+    int64_t n_groups = (a->n_rows + ACTIVATION_GROUP - 1) / ACTIVATION_GROUP;
     if (a->n_rows * a->n_in >= WORTH_A_LOOP) {
         thread_pool_run(pool, n_groups, quantize_group, &loop);
         return;

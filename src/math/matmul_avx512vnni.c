@@ -1,3 +1,329 @@
+/* Integer products of 16 rows at a time: a dot product of four bytes per 32-bit lane. Weights are unsigned here, activations signed; what was added to
+ * signed weights is taken back through the sum of the activations, as the start value of the integer sum (|sum| <= 255 * 127 * 32, exact).
+ *
+ * One to four rows of activations (decode) multiply weights as they are unpacked, in registers. More rows first unpack 256 inputs of the panel into
+ * the first-level cache and pass over them with tiles of up to 16 rows: 8 dot products, 3 or 4 other vector operations per 512 products. */
+#include <immintrin.h>
+#include <string.h>
+
 #include "math/matmul_internal.h"
 
-const matmul_kernels matmul_avx512vnni = {8, activations_quantize_scalar, panel_product_scalar, floats_product_scalar};
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+enum { FUSED_ROWS = 4, CHUNK_BLOCKS = 8 };
+
+/* 32 inputs of a panel: q + offset as unsigned bytes. */
+typedef struct weights {
+    __m512i q[8];
+    __m512 scale[2], min[2];
+} weights;
+
+static ALWAYS_INLINE __m512 load_f16(const uint8_t *p)
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
+}
+
+static ALWAYS_INLINE __m512i load_bytes(const uint8_t *p)
+{
+    return _mm512_loadu_si512(p);
+}
+
+static ALWAYS_INLINE __m512 load_u8(const uint8_t *p)
+{
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
+}
+
+static ALWAYS_INLINE __m512 load_i8(const uint8_t *p)
+{
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
+}
+
+static ALWAYS_INLINE bool type_is_fine(const block_type type)
+{
+    return type == BLOCK_Q2_K || type == BLOCK_Q3_K || type == BLOCK_Q6_K;
+}
+
+static ALWAYS_INLINE bool type_has_min(const block_type type)
+{
+    return type == BLOCK_Q4_1 || type == BLOCK_Q5_1 || type == BLOCK_Q4_K || type == BLOCK_Q5_K || type == BLOCK_Q2_K;
+}
+
+/* log2 of the offset of the unsigned quants, for the types without min. */
+static ALWAYS_INLINE int type_shift(const block_type type)
+{
+    switch ((int)type) {
+    case BLOCK_Q4_0: return 3;
+    case BLOCK_Q5_0: return 4;
+    case BLOCK_Q6_K: return 5;
+    case BLOCK_Q3_K: return 2;
+    default: return 7;
+    }
+}
+
+static ALWAYS_INLINE void unpack_nibbles(const uint8_t *p, __m512i q[8])
+{
+    const __m512i mask = _mm512_set1_epi8(15);
+    for (int i = 0; i < 4; i++) {
+        __m512i x = load_bytes(p + 64 * i);
+        q[2 * i] = _mm512_and_si512(x, mask);
+        q[2 * i + 1] = _mm512_and_si512(_mm512_srli_epi16(x, 4), mask);
+    }
+}
+
+static ALWAYS_INLINE void unpack_crumbs(const uint8_t *p, __m512i q[8])
+{
+    const __m512i mask = _mm512_set1_epi8(3);
+    for (int v = 0; v < 8; v++) q[v] = _mm512_and_si512(_mm512_srli_epi16(load_bytes(p + 64 * (v / 4)), 2 * (unsigned)(v % 4)), mask);
+}
+
+/* q |= bit v of each byte, moved to bit `to`; 0xf8: a | (b & c). */
+static ALWAYS_INLINE void unpack_bits(const uint8_t *p, const int to, __m512i q[8])
+{
+    const __m512i mask = _mm512_set1_epi8((char)(1 << to)), bits = load_bytes(p);
+    for (int v = 0; v < 8; v++) {
+        __m512i moved = v > to ? _mm512_srli_epi16(bits, (unsigned)(v - to)) : _mm512_slli_epi16(bits, (unsigned)(to - v));
+        q[v] = _mm512_ternarylogic_epi64(q[v], moved, mask, 0xf8);
+    }
+}
+
+static ALWAYS_INLINE void unpack_high_crumbs(const uint8_t *p, __m512i q[8])
+{
+    const __m512i mask = _mm512_set1_epi8(48);
+    for (int v = 0; v < 8; v++) {
+        __m512i x = load_bytes(p + 64 * (v / 4));
+        int shift = 4 - 2 * (v % 4);
+        x = shift >= 0 ? _mm512_slli_epi16(x, (unsigned)shift) : _mm512_srli_epi16(x, (unsigned)-shift);
+        q[v] = _mm512_ternarylogic_epi64(q[v], x, mask, 0xf8);
+    }
+}
+
+static ALWAYS_INLINE void unpack_quants(const block_type type, const uint8_t *p, __m512i q[8])
+{
+    switch ((int)type) {
+    case BLOCK_Q8_0:
+        for (int v = 0; v < 8; v++) q[v] = _mm512_xor_si512(load_bytes(p + 64 * v), _mm512_set1_epi8(-128));
+        break;
+    case BLOCK_Q2_K: unpack_crumbs(p, q); break;
+    case BLOCK_Q3_K:
+        unpack_crumbs(p, q);
+        unpack_bits(p + 128, 2, q);
+        break;
+    default: unpack_nibbles(p, q); break;
+    }
+    if (type == BLOCK_Q5_0 || type == BLOCK_Q5_1 || type == BLOCK_Q5_K) unpack_bits(p + 256, 4, q);
+    if (type == BLOCK_Q6_K) unpack_high_crumbs(p + 256, q);
+    if (type == BLOCK_IQ4_NL) {
+        const __m512i values =
+            _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)iq4_nl_values)), _mm512_set1_epi8(-128));
+        for (int v = 0; v < 8; v++) q[v] = _mm512_shuffle_epi8(values, q[v]);
+    }
+}
+
+static ALWAYS_INLINE void unpack_scales(const block_type type, const panel_layout *layout, const uint8_t *block, int sub, weights *w)
+{
+    __m512 d = load_f16(block), m = type_has_min(type) ? load_f16(block + layout->m) : d;
+    const uint8_t *scale = block + layout->scale + (type_is_fine(type) ? 32 : 16) * sub, *min = block + layout->min + 16 * sub;
+    const __m512 sign = _mm512_set1_ps(-0.0f);
+    w->scale[0] = d;
+    w->min[0] = m;
+    if (type == BLOCK_Q4_K || type == BLOCK_Q5_K) {
+        w->scale[0] = _mm512_mul_ps(d, load_u8(scale));
+        w->min[0] = _mm512_xor_ps(_mm512_mul_ps(m, load_u8(min)), sign);
+    }
+    for (int half = 0; half < 2 && type_is_fine(type); half++, scale += 16) {
+        if (type != BLOCK_Q2_K) {
+            w->scale[half] = _mm512_mul_ps(d, load_i8(scale));
+            continue;
+        }
+        __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)scale));
+        w->scale[half] = _mm512_mul_ps(d, _mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15))));
+        w->min[half] = _mm512_xor_ps(_mm512_mul_ps(m, _mm512_cvtepi32_ps(_mm512_srli_epi32(both, 4))), sign);
+    }
+}
+
+static ALWAYS_INLINE __m512i dot_vectors(__m512i sum, const __m512i *q, const int n, const uint8_t *a)
+{
+    for (int v = 0; v < n; v++) {
+        int32_t four;
+        memcpy(&four, a + 4 * v, sizeof four);
+        sum = _mm512_dpbusd_epi32(sum, q[v], _mm512_set1_epi32(four));
+    }
+    return sum;
+}
+
+/* acc[n] += 32 inputs. */
+static ALWAYS_INLINE void multiply(const int n, const bool fine, const bool with_min, const unsigned shift, const weights *w,
+                                   const uint8_t *quants, const activation_scale *s, __m512 *acc)
+{
+    for (int t = 0; t < n; t++, quants += SUB_BLOCK) {
+        __m512 d = _mm512_set1_ps(s[t].d);
+        __m512i start = with_min ? _mm512_setzero_si512() : _mm512_slli_epi32(_mm512_set1_epi32(s[t].minus), shift);
+        if (!fine) {
+            acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot_vectors(start, w->q, 8, quants)), _mm512_mul_ps(w->scale[0], d), acc[t]);
+            if (with_min) acc[t] = _mm512_fmadd_ps(w->min[0], _mm512_set1_ps(s[t].sum), acc[t]);
+            continue;
+        }
+        __m512i minus_lo = _mm512_set1_epi32(s[t].minus_lo), minus = _mm512_set1_epi32(s[t].minus);
+        __m512i start_lo = with_min ? start : _mm512_slli_epi32(minus_lo, shift);
+        __m512i lo = dot_vectors(start_lo, w->q, 4, quants), hi = dot_vectors(_mm512_sub_epi32(start, start_lo), w->q + 4, 4, quants + 16);
+        acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(lo), _mm512_mul_ps(w->scale[0], d), acc[t]);
+        acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(hi), _mm512_mul_ps(w->scale[1], d), acc[t]);
+        if (!with_min) continue;
+        __m512i sum_lo = _mm512_sub_epi32(_mm512_setzero_si512(), minus_lo), sum_hi = _mm512_sub_epi32(minus_lo, minus);
+        acc[t] = _mm512_fmadd_ps(w->min[0], _mm512_mul_ps(d, _mm512_cvtepi32_ps(sum_lo)), acc[t]);
+        acc[t] = _mm512_fmadd_ps(w->min[1], _mm512_mul_ps(d, _mm512_cvtepi32_ps(sum_hi)), acc[t]);
+    }
+}
+
+/* Decode: n <= FUSED_ROWS rows (one group). */
+static ALWAYS_INLINE void fused(const block_type type, const int n, const panel_layout *layout, const uint8_t *panel, int64_t n_in,
+                                const uint8_t *quantized, float *out)
+{
+    const int n_sub = layout->n_weights / SUB_BLOCK;
+    __m512 acc[FUSED_ROWS];
+    for (int t = 0; t < n; t++) acc[t] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < n_in / layout->n_weights; b++, panel += layout->n_bytes) {
+        const uint8_t *plane = panel + layout->planes;
+        for (int sub = 0; sub < n_sub; sub++, plane += layout->sub_bytes, quantized += n * ACTIVATION_BYTES) {
+            weights w;
+            unpack_quants(type, plane, w.q);
+            unpack_scales(type, layout, panel, sub, &w);
+            multiply(n, type_is_fine(type), type_has_min(type), (unsigned)type_shift(type), &w, quantized,
+                     (const activation_scale *)(const void *)(quantized + n * SUB_BLOCK), acc);
+        }
+    }
+    for (int t = 0; t < n; t++) _mm512_storeu_ps(out + t * PANEL_ROWS, acc[t]);
+}
+
+/* Many rows: unpacks one sub-block to memory. Types without min all get the offset 128. */
+static ALWAYS_INLINE void unpack(const block_type type, const panel_layout *layout, const uint8_t *block, int sub, weights *w)
+{
+    weights registers;
+    unpack_quants(type, block + layout->planes + sub * layout->sub_bytes, registers.q);
+    unpack_scales(type, layout, block, sub, &registers);
+    const int lift = type_has_min(type) ? 0 : 128 - (1 << type_shift(type));
+    for (int v = 0; v < 8; v++) w->q[v] = lift ? _mm512_add_epi8(registers.q[v], _mm512_set1_epi8((char)lift)) : registers.q[v];
+    for (int half = 0; half < (type_is_fine(type) ? 2 : 1); half++) {
+        w->scale[half] = registers.scale[half];
+        if (type_has_min(type)) w->min[half] = registers.min[half];
+    }
+}
+
+/* out[n] += n_blocks sub-blocks; n rows of a group of `size`. */
+static ALWAYS_INLINE void tile(const int n, const bool fine, const bool with_min, const weights *w, int n_blocks, const uint8_t *quants,
+                               const uint8_t *scales, int size, float *out)
+{
+    __m512 acc[ACTIVATION_GROUP];
+    for (int t = 0; t < n; t++) acc[t] = _mm512_loadu_ps(out + t * PANEL_ROWS);
+    for (int b = 0; b < n_blocks; b++, quants += size * ACTIVATION_BYTES, scales += size * ACTIVATION_BYTES)
+        multiply(n, fine, with_min, 7, &w[b], quants, (const activation_scale *)(const void *)scales, acc);
+    for (int t = 0; t < n; t++) _mm512_storeu_ps(out + t * PANEL_ROWS, acc[t]);
+}
+
+/* One group of `size` rows in tiles of 16, 8, 4, 2 and 1. */
+static ALWAYS_INLINE void group_multiply(const bool fine, const bool with_min, const weights *w, int n_blocks, const uint8_t *group,
+                                         int size, float *out)
+{
+    for (int t = 0; t < size;) {
+        const uint8_t *quants = group + t * SUB_BLOCK, *scales = group + size * SUB_BLOCK + t * (int)sizeof(activation_scale);
+        float *y = out + t * PANEL_ROWS;
+        int left = size - t;
+        if (left >= 16)
+            tile(16, fine, with_min, w, n_blocks, quants, scales, size, y), t += 16;
+        else if (left >= 8)
+            tile(8, fine, with_min, w, n_blocks, quants, scales, size, y), t += 8;
+        else if (left >= 4)
+            tile(4, fine, with_min, w, n_blocks, quants, scales, size, y), t += 4;
+        else if (left >= 2)
+            tile(2, fine, with_min, w, n_blocks, quants, scales, size, y), t += 2;
+        else
+            tile(1, fine, with_min, w, n_blocks, quants, scales, size, y), t += 1;
+    }
+}
+
+typedef void (*group_fn)(const weights *w, int n_blocks, const uint8_t *group, int size, float *out);
+
+static void group_plain(const weights *w, int n_blocks, const uint8_t *group, int size, float *out)
+{
+    group_multiply(false, false, w, n_blocks, group, size, out);
+}
+
+static void group_min(const weights *w, int n_blocks, const uint8_t *group, int size, float *out)
+{
+    group_multiply(false, true, w, n_blocks, group, size, out);
+}
+
+static void group_fine(const weights *w, int n_blocks, const uint8_t *group, int size, float *out)
+{
+    group_multiply(true, false, w, n_blocks, group, size, out);
+}
+
+static void group_fine_min(const weights *w, int n_blocks, const uint8_t *group, int size, float *out)
+{
+    group_multiply(true, true, w, n_blocks, group, size, out);
+}
+
+static ALWAYS_INLINE void product(const block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n,
+                                  float *out)
+{
+    panel_layout layout;
+    panel_layout_get(type, &layout);
+    switch (n) {
+    case 1: fused(type, 1, &layout, panel, n_in, quantized, out); return;
+    case 2: fused(type, 2, &layout, panel, n_in, quantized, out); return;
+    case 3: fused(type, 3, &layout, panel, n_in, quantized, out); return;
+    case 4: fused(type, 4, &layout, panel, n_in, quantized, out); return;
+    default: break;
+    }
+    const group_fn multiply_group = type_is_fine(type)   ? (type_has_min(type) ? group_fine_min : group_fine)
+                                    : type_has_min(type) ? group_min
+                                                         : group_plain;
+    const int64_t n_blocks = n_in / SUB_BLOCK;
+    const int n_sub = layout.n_weights / SUB_BLOCK;
+    weights chunk[CHUNK_BLOCKS];
+    memset(out, 0, (size_t)n * PANEL_ROWS * sizeof *out);
+    for (int64_t b = 0; b < n_blocks; b += CHUNK_BLOCKS) {
+        int m = n_blocks - b < CHUNK_BLOCKS ? (int)(n_blocks - b) : CHUNK_BLOCKS;
+        for (int i = 0; i < m; i++) unpack(type, &layout, panel + (b + i) / n_sub * layout.n_bytes, (int)((b + i) % n_sub), &chunk[i]);
+        for (int64_t t = 0; t < n; t += ACTIVATION_GROUP) {
+            int size = n - t < ACTIVATION_GROUP ? (int)(n - t) : ACTIVATION_GROUP;
+            multiply_group(chunk, m, quantized + activation_bytes(t, n_in) + b * size * ACTIVATION_BYTES, size, out + t * PANEL_ROWS);
+        }
+    }
+}
+
+#define PRODUCT(name)                                                                                                                      \
+    static void product_##name(const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, float *out)                        \
+    {                                                                                                                                      \
+        product(BLOCK_##name, panel, n_in, quantized, n, out);                                                                             \
+    }
+PRODUCT(Q4_0)
+PRODUCT(Q4_1)
+PRODUCT(Q5_0)
+PRODUCT(Q5_1)
+PRODUCT(Q8_0)
+PRODUCT(IQ4_NL)
+PRODUCT(Q2_K)
+PRODUCT(Q3_K)
+PRODUCT(Q4_K)
+PRODUCT(Q5_K)
+PRODUCT(Q6_K)
+
+static void panel_product(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, float *out)
+{
+    switch ((int)type) {
+    case BLOCK_Q4_0: product_Q4_0(panel, n_in, quantized, n, out); break;
+    case BLOCK_Q4_1: product_Q4_1(panel, n_in, quantized, n, out); break;
+    case BLOCK_Q5_0: product_Q5_0(panel, n_in, quantized, n, out); break;
+    case BLOCK_Q5_1: product_Q5_1(panel, n_in, quantized, n, out); break;
+    case BLOCK_Q8_0: product_Q8_0(panel, n_in, quantized, n, out); break;
+    case BLOCK_IQ4_NL: product_IQ4_NL(panel, n_in, quantized, n, out); break;
+    case BLOCK_Q2_K: product_Q2_K(panel, n_in, quantized, n, out); break;
+    case BLOCK_Q3_K: product_Q3_K(panel, n_in, quantized, n, out); break;
+    case BLOCK_Q4_K: product_Q4_K(panel, n_in, quantized, n, out); break;
+    case BLOCK_Q5_K: product_Q5_K(panel, n_in, quantized, n, out); break;
+    default: product_Q6_K(panel, n_in, quantized, n, out); break;
+    }
+}
+
+const matmul_kernels matmul_avx512vnni = {activations_quantize_avx2, panel_product, floats_product_avx512};

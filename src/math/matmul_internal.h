@@ -65,7 +65,8 @@ typedef struct panel_values {
 
 void panel_unpack(block_type type, const panel_layout *layout, const uint8_t *block, int sub, panel_values *values);
 
-/* Quantised activations: groups of kernels->group rows (the last one smaller). A group of n rows is, for each 32 inputs,
+/* Quantised activations: groups of ACTIVATION_GROUP rows (the last one smaller), the most a register tile takes. A group of n rows is, for each 32
+ * inputs,
  *
  *     [int8 quants [n][32]] [activation_scale [n]]
  */
@@ -76,7 +77,7 @@ typedef struct activation_scale {
     int32_t minus_lo; /* -sum of the first 16 q */
 } activation_scale;
 
-enum { ACTIVATION_BYTES = SUB_BLOCK + sizeof(activation_scale) };
+enum { ACTIVATION_GROUP = 16, ACTIVATION_BYTES = SUB_BLOCK + sizeof(activation_scale) };
 
 /* The result of each output is one chain of f32 operations in the order of the inputs, the same for every batch size, tile and instruction set: per 32
  * inputs (16 where a scale spans 16)
@@ -85,7 +86,6 @@ enum { ACTIVATION_BYTES = SUB_BLOCK + sizeof(activation_scale) };
  *
  * (Q2_K: lo, hi, then min_lo * (d * sum_lo), min_hi * (d * sum_hi).) Float weights: 16 (scalar: 1, AVX2: 8) partial sums, so equal for every batch size only. */
 struct matmul_kernels {
-    int group; /* rows of activations that are stored together: the register tile */
     /* One group: x[n][n_in] to the layout above. */
     void (*quantize)(const float *x, int n, int64_t n_in, uint8_t *out);
     /* out[n][16] = one panel times n rows, from the start of a group on. */
@@ -100,8 +100,10 @@ static inline size_t activation_bytes(int64_t n, int64_t n_in)
     return (size_t)n * (size_t)((n_in + SUB_BLOCK - 1) / SUB_BLOCK) * ACTIVATION_BYTES;
 }
 
+/* The functions of the tables; a table may borrow those of a lower level. */
 void activations_quantize_scalar(const float *x, int n, int64_t n_in, uint8_t *out);
-void panel_product_scalar(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, float *out);
-void floats_product_scalar(block_type type, const void *w, int n_w, int64_t n_in, const float *x, int64_t n, float *out);
+void activations_quantize_avx2(const float *x, int n, int64_t n_in, uint8_t *out);
+void floats_product_avx2(block_type type, const void *w, int n_w, int64_t n_in, const float *x, int64_t n, float *out);
+void floats_product_avx512(block_type type, const void *w, int n_w, int64_t n_in, const float *x, int64_t n, float *out);
 
 #endif

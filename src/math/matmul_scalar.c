@@ -4,8 +4,6 @@
 
 #include "math/matmul_internal.h"
 
-enum { GROUP = 8 };
-
 static void quantize_block(const float *x, int8_t *q, activation_scale *s)
 {
     uint32_t max_bits = 0; /* as integers, infinities and NaNs are larger than all finite magnitudes */
@@ -61,7 +59,7 @@ static float accumulate(const block_traits *t, const panel_values *w, int row, c
     return fmaf(w->min[1][row], s->d * (float)(s->minus_lo - s->minus), y);
 }
 
-void panel_product_scalar(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, float *out)
+static void panel_product(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, float *out)
 {
     const block_traits *traits = block_traits_get(type);
     panel_layout layout;
@@ -72,7 +70,7 @@ void panel_product_scalar(block_type type, const uint8_t *panel, int64_t n_in, c
         panel_values w;
         panel_unpack(type, &layout, panel + b / n_sub * layout.n_bytes, (int)(b % n_sub), &w);
         for (int64_t t = 0; t < n; t++) {
-            int64_t first = t / GROUP * GROUP, size = n - first < GROUP ? n - first : GROUP;
+            int64_t first = t / ACTIVATION_GROUP * ACTIVATION_GROUP, size = n - first < ACTIVATION_GROUP ? n - first : ACTIVATION_GROUP;
             const uint8_t *block = quantized + activation_bytes(first, n_in) + (size_t)(b * size) * ACTIVATION_BYTES;
             const activation_scale *s = (const activation_scale *)(const void *)(block + size * SUB_BLOCK) + (t - first);
             float *y = out + t * PANEL_ROWS;
@@ -82,7 +80,7 @@ void panel_product_scalar(block_type type, const uint8_t *panel, int64_t n_in, c
     }
 }
 
-void floats_product_scalar(block_type type, const void *w, int n_w, int64_t n_in, const float *x, int64_t n, float *out)
+static void floats_product(block_type type, const void *w, int n_w, int64_t n_in, const float *x, int64_t n, float *out)
 {
     enum { CHUNK = 256 };
     const block_info *info = block_info_get(type);
@@ -102,4 +100,4 @@ void floats_product_scalar(block_type type, const void *w, int n_w, int64_t n_in
     }
 }
 
-const matmul_kernels matmul_scalar = {GROUP, activations_quantize_scalar, panel_product_scalar, floats_product_scalar};
+const matmul_kernels matmul_scalar = {activations_quantize_scalar, panel_product, floats_product};
