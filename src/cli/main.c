@@ -4,13 +4,7 @@
 #include "cli/cli.h"
 
 static const cli_command *const commands[] = {
-    &command_ask,
-    &command_run,
-    &command_info,
-    &command_tokenize,
-    &command_bench,
-    &command_eval_kld,
-    &command_eval_needle,
+    &command_ask, &command_run, &command_info, &command_tokenize, &command_bench, &command_eval_kld, &command_eval_needle,
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 
@@ -37,19 +31,38 @@ static const cli_command *find_command(int argc, char **argv, int *n_words)
     return NULL;
 }
 
+/* "eval" alone, or "eval klt": the commands of that family. Returns false if there is none. */
+static bool list_family(int argc, char **argv)
+{
+    char family[256] = "";
+    const char *nearest = NULL, *words[N_COMMANDS];
+    int n_words = 0;
+    size_t n = strlen(argv[0]);
+    for (int i = 0; i < N_COMMANDS; i++) {
+        const char *name = commands[i]->name;
+        if (strncmp(name, argv[0], n) != 0 || name[n] != ' ') continue;
+        size_t used = strlen(family);
+        snprintf(family + used, sizeof family - used, "%s'quarry %s'", n_words ? " or " : "", name);
+        words[n_words++] = name + n + 1;
+    }
+    if (!n_words) return false;
+    if (argc > 1) nearest = cli_nearest(argv[1], words, n_words);
+    if (nearest)
+        cli_fail_usage(NULL, "unknown command '%s %s'; did you mean 'quarry %s %s'?", argv[0], argv[1], argv[0], nearest);
+    else
+        cli_fail_usage(NULL, "'%s' is a family of commands: %s", argv[0], family);
+    return true;
+}
+
 static int unknown_command(int argc, char **argv)
 {
     const char *words[N_COMMANDS + 2];
-    char two[80];
     int n = 0;
     for (; n < N_COMMANDS; n++) words[n] = commands[n]->name;
     words[n++] = "--help";
     words[n++] = "--version";
-    snprintf(two, sizeof two, "%s %s", argv[0], argc > 1 ? argv[1] : "");
+    if (list_family(argc, argv)) return CLI_USAGE;
     const char *nearest = cli_nearest(argv[0], words, n);
-    if (!nearest && argc > 1) nearest = cli_nearest(two, words, n);
-    for (int i = 0; i < N_COMMANDS && !nearest; i++)
-        if (!strncmp(words[i], argv[0], strlen(argv[0])) && words[i][strlen(argv[0])] == ' ') nearest = words[i];
     if (nearest) return cli_fail_usage(NULL, "unknown command '%s'; did you mean 'quarry %s'?", argv[0], nearest);
     return cli_fail_usage(NULL, "unknown command '%s'", argv[0]);
 }

@@ -249,31 +249,23 @@ static int help_width(void)
 static void print_wrapped(const char *text, int at, int column, int width)
 {
     while (*text) {
-        if (*text == '\n') {
+        int n_spaces = (int)strspn(text, " "), n = (int)strcspn(text + n_spaces, " \n");
+        if (*text == '\n' || (at > column && at + n_spaces + n > width)) {
+            text += *text == '\n' ? 1 : n_spaces;
             cli_print("\n");
             at = 0;
-            text++;
             continue;
-        }
-        int n = (int)strcspn(text, " \n");
-        if (at > column && at + n >= width) {
-            cli_print("\n");
-            at = 0;
         }
         if (at < column) {
             cli_print("%*s", column - at, "");
             at = column;
+        } else if (at > column || !column) {
+            cli_print("%*s", n_spaces, "");
+            at += n_spaces;
         }
-        cli_print("%.*s", n, text);
+        cli_print("%.*s", n, text + n_spaces);
         at += n;
-        text += n;
-        if (*text == ' ') {
-            if (at + 1 < width) {
-                cli_print(" ");
-                at++;
-            }
-            text++;
-        }
+        text += n_spaces + n;
     }
     cli_print("\n");
 }
