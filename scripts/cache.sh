@@ -1,4 +1,5 @@
 # Sourced by the fetch scripts: where downloads are kept, and how one is made.
+[ -n "${HOME:-}" ] || HOME=$(getent passwd "$(id -u)" | cut -d: -f6)
 cache=${QUARRY_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/quarry}
 
 fail() { echo "${0##*/}: $*" >&2; exit 1; }
