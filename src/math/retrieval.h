@@ -1,22 +1,47 @@
-/* Kernels of the key index: product-code scan by byte shuffles, and int8 cluster vectors. Integer results are equal on every instruction set. */
+/* Kernels of the key index: product-code scan by byte shuffles, selection by threshold, int8 cluster vectors, and the two dense products that building an index takes.
+ * Integer results are equal on every instruction set; f32 ones accumulate in f32 and agree to rounding. */
 #ifndef MATH_RETRIEVAL_H
 #define MATH_RETRIEVAL_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
-enum { SCAN_BLOCK = 32 }; /* tokens per block of codes */
+#include "math/attention.h"
+
+enum { SCAN_BLOCK = 32 /* tokens per block of codes */, SCAN_CODES = 16 /* centroids of a 4-bit code */ };
 
 /* Codes of one block of 32 tokens: for each of n_sub sub-vectors 16 bytes; byte i holds token i in its low nibble and token i + 16 in its high one.
  *
  *     block b: [sub 0: 16 bytes][sub 1: 16 bytes] … [sub n_sub-1]
  */
 typedef struct retrieval_kernels {
-    /* out[t] = max over heads h < g of saturating u16 (offset[h] + sum over sub s of lut[h][s][code(t, s)]), t < 32 n_blocks. lut[g][n_sub][16]. */
+    /* ---- one decode step ---- */
+
+    /* Tables of one query: lut[s][c] = sum over j of q[s * d_sub + j] * centroids[s][j][c], low[s] = min over c. Returns the largest max - min over c of any s. */
+    float (*lut)(const float *q, const float *centroids, int n_sub, int d_sub, float *lut, float *low);
+    /* out[s][c] = (lut[s][c] - low[s]) * inverse_step, rounded to nearest (ties to even), at most 255. */
+    void (*lut_quantise)(const float *lut, const float *low, float inverse_step, int n_sub, uint8_t *out);
+    /* out[t] = max over heads h < g of saturating u16 (offset[h] + sum over sub s of lut[h][s][code(t, s)]), t < 32 n_blocks. lut[g][n_sub][16]; n_sub <= 256. */
     void (*scan)(const uint8_t *codes, int n_sub, int64_t n_blocks, const uint8_t *lut, int g, const uint16_t *offset, uint16_t *out);
-    /* out[h][c] = scale[c] * sum over i of q[h][i] * x[c][i]; x int8 [n][d], f32 accumulation. */
-    void (*dot_i8)(const float *q, int g, int d, const int8_t *x, const float *scale, int64_t n, float *out);
-    /* o[h][i] += sum over c of w[h][c] * scale[c] * x[c][i]. Clusters whose weights are all 0 may be skipped. */
-    void (*accumulate_i8)(const float *w, int g, int d, const int8_t *x, const float *scale, int64_t n, float *o);
+    /* Keys >= threshold among n, a multiple of SCAN_BLOCK. */
+    int64_t (*count)(const uint16_t *keys, int64_t n, uint16_t threshold);
+    /* ids of the keys > threshold, and of the first *n_ties equal to it (*n_ties counts down), ascending: ids[…] = first + index. n is a multiple of SCAN_BLOCK. Returns how many. */
+    int64_t (*collect)(const uint16_t *keys, int64_t n, uint16_t threshold, int64_t *n_ties, int32_t first, int32_t *ids);
+    /* out[h * stride + c] = scale[c] * sum over i of q[h][i] * x[c][i], c < n; x int8 [n][d], d a multiple of 8. */
+    void (*dot_i8)(const float *q, int g, int d, const int8_t *x, const float *scale, int64_t n, float *out, int64_t stride);
+    /* o[h][i] += sum over c of w[h * stride + c] * scale[c] * x[c][i]. Clusters whose weights are all 0 may be skipped. */
+    void (*accumulate_i8)(const float *w, int64_t stride, int g, int d, const int8_t *x, const float *scale, int64_t n, float *o);
+    /* o[h][i] += sum over r of w[h][r] * value of rows[r][i]; w[g][n], K|V rows as in math/attention.h. */
+    void (*accumulate_rows)(const float *w, int g, int d, kv_type type, const void *const *rows, int64_t n, float *o);
+
+    /* ---- building an index ---- */
+
+    /* For each of the n columns of y[d][stride]: the row j of c[k][d] with the largest c_j·y - half[j] (with half = |c_j|²/2 the nearest one; the first of equals), and that value. */
+    void (*nearest)(const float *c, const float *half, int k, int d, const float *y, int64_t stride, int64_t n, int32_t *index,
+                    float *value);
+    /* c[m][n] = or (add) += a[m][k] b[k][n], with a(i, l) = a[i * a_row + l * a_column] and row strides for b and c. */
+    void (*product)(const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row, float *c, int64_t c_row, int64_t m,
+                    int64_t n, int64_t k, bool add);
 } retrieval_kernels;
 
 extern const retrieval_kernels retrieval_scalar, retrieval_avx2, retrieval_avx512;

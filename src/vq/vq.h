@@ -14,38 +14,79 @@ typedef struct vq_moments {
     int64_t n;
     float *sum; /* [d][d], symmetric */
 } vq_moments;
+/* Adds n queries, `stride` floats apart. */
 void vq_moments_add(vq_moments *h, const math_kernels *kernels, const float *q, int64_t n, int64_t stride);
+
+/* Eigenvalues (ascending) and unit eigenvectors (rows of vectors[d][d]) of the symmetric a[d][d]: Householder's reduction to a tridiagonal matrix, then implicit
+ * QL steps (Golub and Van Loan, Matrix Computations, 8.3), in double precision. Own code and no LAPACK, as the engine needs it while it reads: 1 ms at d = 64. */
+quarry_code vq_eigen(int d, const float *a, float *values, float *vectors, arena *scratch, quarry_error *error);
 
 /* A metric: root[d][d] = M^½ and inverse[d][d] = M^-½, M = (d H / tr H + shrink I)^α. */
 typedef struct vq_metric {
     int d;
-    float *root, *inverse;
+    float *root, *inverse; /* the caller's memory */
 } vq_metric;
-/* n == 0 moments give the identity. root and inverse are the caller's [d][d]. Symmetric eigenproblem by Jacobi rotations or LAPACK; see docs. scratch: arena. */
+/* Moments of nothing (n == 0 or all zero) give the identity. */
 quarry_code vq_metric_make(vq_metric *m, const vq_moments *h, float alpha, float shrink, arena *scratch, quarry_error *error);
+
+/* Coordinates in which a product code is good: y = R M^½ x with a rotation R onto the principal axes of M^½ x, dealt out to the sub-vectors so that the products of their
+ * eigenvalues are balanced (Ge et al., Optimized Product Quantization, 2013, 4.2). q·x = (query q)·y. Both matrices are stored by input dimension: y[j] = sum over i of x[i] forward[i][j]. */
+typedef struct vq_basis {
+    int d;
+    float *forward, *query; /* [d][d]; the caller's memory */
+} vq_basis;
+/* x[n][d] are centred: their mean was subtracted. */
+quarry_code vq_basis_make(vq_basis *b, const math_kernels *kernels, const vq_metric *metric, const float *x, int64_t n, int n_sub,
+                          arena *scratch, quarry_error *error);
 
 /* ---- k-means ---- */
 
-/* Lloyd's iterations from k-means++ or a strided start over x[n][d]; centroids[k][d], assign[n], counts[k]. Empty clusters are re-seeded with the farthest point. Deterministic for a seed. */
-quarry_code vq_kmeans(const math_kernels *kernels, const float *x, int64_t n, int d, int k, int iterations, uint64_t seed, float *centroids, int32_t *assign, int32_t *counts, arena *scratch, quarry_error *error);
+/* Points in both orders, as k-means reads them: rows for sums, columns for distances. */
+typedef struct vq_points {
+    const float *rows;    /* [n][row_stride] */
+    const float *columns; /* [d][column_stride] */
+    int64_t n, row_stride, column_stride;
+    int d;
+} vq_points;
+
+/* Distance of columns in a matrix of n of them: not a multiple of a page, so that the rows of a column do not fall on the same cache set. */
+static inline int64_t vq_column_stride(int64_t n)
+{
+    return (n + 15) / 16 * 16 + 16;
+}
+/* columns[d][column_stride] of rows[n][row_stride]. */
+void vq_transpose(const float *rows, int64_t row_stride, int64_t n, int d, float *columns, int64_t column_stride);
+
+/* Lloyd's iterations from a stratified random start; centroids[k][d], assign[n] (nearest of the final centroids), counts[k]. While it iterates, empty clusters are re-seeded with the points farthest from
+ * their centroids; at the end some may be empty. 1 <= k. Deterministic for a seed. */
+quarry_code vq_kmeans(const math_kernels *kernels, const vq_points *points, int k, int iterations, uint64_t seed, float *centroids,
+                      int32_t *assign, int32_t *counts, arena *scratch, quarry_error *error);
 
 /* ---- product codes ---- */
 
-/* n_sub sub-vectors of d / n_sub dimensions, 16 centroids each, over y = R (x - mean) with R = rotation · M^½. */
+/* n_sub sub-vectors of d_sub = d / n_sub dimensions, 16 centroids each, over y - mean. */
 typedef struct vq_codebook {
     int d, n_sub;
-    float *mean;      /* [d] */
-    float *transform; /* [d][d]: y = transform (x - mean) */
-    float *query;     /* [d][d]: scores q·x = (query q)·y + q·mean, query = transform^-T */
-    float *centroids; /* [n_sub][16][d / n_sub] */
+    float *mean;      /* [d], of y */
+    float *centroids; /* [n_sub][d_sub][16], of y - mean */
 } vq_codebook;
 
-size_t vq_codebook_floats(int d, int n_sub);
-void vq_codebook_bind(vq_codebook *b, int d, int n_sub, float *memory); /* points the fields into memory */
-quarry_code vq_codebook_train(vq_codebook *b, const math_kernels *kernels, const vq_metric *metric, const float *x, int64_t n, int iterations, uint64_t seed, arena *scratch, quarry_error *error);
-/* Codes of x[n][d] into 4-bit lanes of scan blocks (math/retrieval.h): token i of x goes to lane first + i; n and first need not be multiples of SCAN_BLOCK. */
-quarry_code vq_encode(const vq_codebook *b, const math_kernels *kernels, const float *x, int64_t n, int64_t first, uint8_t *codes, arena *scratch, quarry_error *error);
-/* Float tables lut[n_sub][16] of query q (scaled): score(token) = bias + sum over sub of lut[sub][code]. */
-void vq_lut(const vq_codebook *b, const math_kernels *kernels, const float *q, float *lut, float *bias);
+/* Learns centroids from centred y (rows and columns); mean is the caller's to fill. assign, if not NULL, receives the codes [n_sub][n]. */
+quarry_code vq_codebook_train(vq_codebook *b, const math_kernels *kernels, const vq_points *y, int iterations, uint64_t seed,
+                              int32_t *assign, arena *scratch, quarry_error *error);
+/* Codes of centred columns y[d][stride] to assign[n_sub][n]. */
+void vq_encode(const vq_codebook *b, const math_kernels *kernels, const float *y, int64_t stride, int64_t n, int32_t *assign,
+               float *values /*[n], scratch*/);
+/* Puts assign[n_sub][n] into 4-bit lanes of scan blocks (math/retrieval.h): token i goes to lane first + i; n and first need not be multiples of SCAN_BLOCK. */
+void vq_pack(int n_sub, const int32_t *assign, int64_t n, int64_t first, uint8_t *codes);
+static inline size_t vq_code_bytes(int n_sub, int64_t n)
+{
+    return (size_t)((n + SCAN_BLOCK - 1) / SCAN_BLOCK) * (size_t)n_sub * (SCAN_BLOCK / 2);
+}
+
+/* ---- int8 vectors ---- */
+
+/* x[d] = scale * out to half a step; returns scale (0 for a zero vector). */
+float vq_quantise_i8(const float *x, int d, int8_t *out);
 
 #endif

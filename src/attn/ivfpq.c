@@ -1,0 +1,160 @@
+#include "attn/ivfpq.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+static ivfpq *of(attn_policy *p)
+{
+    return (ivfpq *)p;
+}
+
+static void ivfpq_destroy(attn_policy *policy)
+{
+    ivfpq *p = of(policy);
+    ivfpq_drop_pending(p);
+    for (int64_t i = 0; i < p->n_sealed; i++) ivfpq_segment_release(p->sealed[i]);
+    ivfpq_segment_release(p->open);
+    memory_free(p->sealed);
+    memory_free(p->moments);
+    memory_free(p->n_queries);
+    memory_free(p->sinks);
+    memory_free(p);
+}
+
+static ivfpq *ivfpq_new(const attn_shape *shape, const math_kernels *kernels, const ivfpq_options *options, quarry_error *error)
+{
+    ivfpq *p = memory_zero(1, sizeof *p, "key index", error);
+    if (!p) return NULL;
+    p->base = (attn_policy){.type = &attn_ivfpq, .shape = *shape, .kernels = kernels, .n_far = ATTN_SINKS};
+    p->options = *options;
+    p->d = shape->kv.head_dim;
+    p->group = shape->n_head / shape->kv.n_head_kv;
+    p->n_sub = p->d / 4;
+    p->n_parts = shape->kv.n_layer * shape->kv.n_head_kv;
+    p->segment = (int64_t)options->segment / ATTN_BLOCK * ATTN_BLOCK;
+    p->open_first = ATTN_SINKS;
+    size_t parts = (size_t)p->n_parts, d = (size_t)p->d;
+    p->moments = memory_zero(parts * d * d, sizeof *p->moments, "query statistics", error);
+    p->n_queries = memory_zero(parts, sizeof *p->n_queries, "query statistics", error);
+    p->sinks = memory_zero(parts * ATTN_SINKS * d, sizeof *p->sinks, "sink keys", error);
+    if (p->moments && p->n_queries && p->sinks) return p;
+    ivfpq_destroy(&p->base);
+    return NULL;
+}
+
+static attn_policy *ivfpq_create(const attn_shape *shape, const math_kernels *kernels, const char *spec, quarry_error *error)
+{
+    ivfpq_options o = {
+        .budget = 0.03, .min = 64, .threshold = 0, .max = 0.15, .size = 16, .alpha = 0.5, .shrink = 0.05, .segment = 2048, .tail = 1};
+    const attn_option table[] = {
+        {"budget", &o.budget, 0, 1}, {"min", &o.min, 1, 1e9},   {"threshold", &o.threshold, 0, 1}, {"max", &o.max, 0, 1},
+        {"size", &o.size, 1, 1024},  {"alpha", &o.alpha, 0, 2}, {"shrink", &o.shrink, 1e-6, 1},    {"segment", &o.segment, 128, 65536},
+        {"tail", &o.tail, 0, 1},
+    };
+    if (attn_options_parse("ivfpq", spec, table, (int)(sizeof table / sizeof *table), error) != QUARRY_OK) return NULL;
+    ivfpq *p = ivfpq_new(shape, kernels, &o, error);
+    return p ? &p->base : NULL;
+}
+
+static attn_policy *ivfpq_fork(const attn_policy *policy, quarry_error *error)
+{
+    const ivfpq *from = (const ivfpq *)policy;
+    ivfpq *p = ivfpq_new(&from->base.shape, from->base.kernels, &from->options, error);
+    if (!p) return NULL;
+    if (from->open) {
+        p->open = ivfpq_segment_create(p, p->segment, false, false, error);
+        if (!p->open) goto fail;
+        memcpy(p->open->memory, from->open->memory, from->open->bytes);
+    }
+    if (memory_grow(&p->sealed, (size_t)from->n_sealed, sizeof *p->sealed, "key index", error) != QUARRY_OK) goto fail;
+    p->n_sealed = p->capacity = from->n_sealed;
+    for (int64_t i = 0; i < p->n_sealed; i++) {
+        p->sealed[i] = from->sealed[i];
+        atomic_fetch_add(&p->sealed[i]->n_refs, 1);
+    }
+    size_t parts = (size_t)p->n_parts, d = (size_t)p->d;
+    memcpy(p->moments, from->moments, parts * d * d * sizeof *p->moments);
+    memcpy(p->n_queries, from->n_queries, parts * sizeof *p->n_queries);
+    memcpy(p->sinks, from->sinks, parts * ATTN_SINKS * d * sizeof *p->sinks);
+    p->base.n_far = from->base.n_far;
+    p->open_first = from->open_first;
+    p->n_open = from->n_open;
+    p->n_coded = from->n_coded;
+    return &p->base;
+fail:
+    ivfpq_destroy(&p->base);
+    return NULL;
+}
+
+/* Every fourth position, all heads of the group pooled. */
+static void ivfpq_observe(attn_policy *policy, int layer, int head, const float *q, int64_t first, int64_t n)
+{
+    enum { EVERY = 4 };
+    ivfpq *p = of(policy);
+    int part = layer * p->base.shape.kv.n_head_kv + head;
+    int64_t skip = (EVERY - first % EVERY) % EVERY, width = (int64_t)p->group * p->d;
+    if (skip >= n) return;
+    vq_moments h = {p->d, p->n_queries[part], p->moments + (size_t)part * (size_t)p->d * (size_t)p->d};
+    for (int g = 0; g < p->group; g++)
+        vq_moments_add(&h, p->base.kernels, q + skip * width + (int64_t)g * p->d, (n - skip + EVERY - 1) / EVERY, EVERY * width);
+    p->n_queries[part] = h.n;
+}
+
+/* A cut inside a sealed segment reopens it: what remains of it is read exactly until the next append or seal, which have the rows to make codes and clusters of again. So
+ * selection and tail never see a token that is gone. */
+static void ivfpq_truncate(attn_policy *policy, int64_t n)
+{
+    ivfpq *p = of(policy);
+    if (n < ATTN_SINKS) n = ATTN_SINKS;
+    if (n >= p->base.n_far) return;
+    p->base.n_far = n;
+    ivfpq_drop_pending(p);
+    if (n < p->open_first) {
+        while (p->n_sealed > 0 && n < p->sealed[p->n_sealed - 1]->first + p->sealed[p->n_sealed - 1]->n) {
+            ivfpq_segment *s = p->sealed[--p->n_sealed];
+            p->open_first = s->first;
+            ivfpq_segment_release(s);
+        }
+        p->n_coded = 0;
+    }
+    p->n_open = n - p->open_first;
+    if (p->n_coded > p->n_open) p->n_coded = p->n_open / IVFPQ_RUN * IVFPQ_RUN; /* whole runs only: the last one's mean holds dead tokens */
+    for (int i = 0; p->open && i < p->n_parts; i++)
+        ivfpq_part_of(p, p->open, i).status->n_clusters = (int32_t)((p->n_coded + IVFPQ_RUN - 1) / IVFPQ_RUN);
+}
+
+static size_t ivfpq_bytes(const attn_policy *policy)
+{
+    const ivfpq *p = (const ivfpq *)policy;
+    size_t d = (size_t)p->d, n = sizeof *p + (size_t)p->n_parts * (d * (d + ATTN_SINKS) * sizeof(float) + sizeof(int64_t));
+    for (int64_t i = 0; i < p->n_sealed; i++) n += p->sealed[i]->bytes;
+    return n + (p->open ? p->open->bytes : 0);
+}
+
+const attn_policy_type attn_ivfpq = {
+    .name = "ivfpq",
+    .summary = "reads the tokens that product codes of the keys find, estimates the rest from clusters",
+    .options = "budget=0.03   share of the far tokens that is read\n"
+               "min=64        but at least so many\n"
+               "threshold=0   also read tokens of at least this estimated attention weight (0: off)\n"
+               "max=0.15      up to this share\n"
+               "size=16       tokens per cluster\n"
+               "alpha=0.5     power of the query statistics in the metric of the codes\n"
+               "shrink=0.05   what is added to their eigenvalues\n"
+               "segment=2048  tokens per segment of the index\n"
+               "tail=1        0: drop the unread tokens instead of estimating them\n",
+    .create = ivfpq_create,
+    .destroy = ivfpq_destroy,
+    .fork = ivfpq_fork,
+    .observe = ivfpq_observe,
+    .reserve = ivfpq_reserve,
+    .append = ivfpq_append,
+    .commit = ivfpq_commit,
+    .reserve_seal = ivfpq_reserve_seal,
+    .seal = ivfpq_seal,
+    .commit_seal = ivfpq_commit_seal,
+    .select = ivfpq_select,
+    .tail = ivfpq_tail,
+    .truncate = ivfpq_truncate,
+    .bytes = ivfpq_bytes,
+};

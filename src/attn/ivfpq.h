@@ -1,0 +1,103 @@
+/* ivfpq, the default policy: an inverted file whose lists are never skipped, product codes, exact attention on the selected tokens, an estimated tail.
+ *
+ * Far tokens are cut into segments. A sealed segment is immutable, depends only on its past, and is shared by forks; behind the last one is the open segment, whose tokens are
+ * coded with the tables of the segment before. A part is what a segment holds for one (layer, KV head):
+ *
+ *     codes      4 bits for every 4 dimensions of each key, in the coordinates of a basis (vq/vq.h)   -> which tokens to read
+ *     clusters   int8 mean key and mean value and the count of about `size` similar tokens           -> what the unread ones add up to
+ *
+ * In the open segment, clusters are runs of neighbours. Tokens that have no code yet (no segment is sealed; their segment was cut by truncate) are read exactly. */
+#ifndef ATTN_IVFPQ_H
+#define ATTN_IVFPQ_H
+
+#include "attn/policies.h"
+#include "vq/vq.h"
+
+enum {
+    IVFPQ_RUN = 16,         /* tokens per cluster of the open segment */
+    IVFPQ_FIRST_SEAL = 128, /* fewer tokens than this train no tables: they stay open, and are read exactly */
+};
+
+typedef struct ivfpq_options {
+    double budget, min, threshold, max, size, alpha, shrink, segment, tail;
+} ivfpq_options;
+
+/* Where the fields of a part lie, in bytes from its start. */
+typedef struct ivfpq_layout {
+    size_t status, mean, centroids, forward, query, key_scale, value_scale, count, log_count, keys, values, cluster, codes, total;
+} ivfpq_layout;
+
+typedef struct ivfpq_segment {
+    _Atomic int64_t n_refs;
+    int64_t first, n; /* positions [first, first + n); of the open segment: see ivfpq */
+    ivfpq_layout layout;
+    unsigned char *memory; /* [n_layer][n_head_kv] parts */
+    size_t bytes;
+} ivfpq_segment;
+
+typedef struct ivfpq_status {
+    int32_t n_clusters;
+    bool coded; /* false: no memory to build with, so every token is read */
+} ivfpq_status;
+
+typedef struct ivfpq_part {
+    ivfpq_status *status;
+    vq_codebook book;                                   /* not of the open segment */
+    vq_basis basis;                                     /* of segments that own one (ivfpq_basis_owner) */
+    float *key_scale, *value_scale, *count, *log_count; /* [clusters] */
+    int8_t *keys, *values;                              /* [clusters][d] */
+    uint16_t *cluster;                                  /* [tokens] */
+    uint8_t *codes;                                     /* scan blocks */
+} ivfpq_part;
+
+typedef struct ivfpq {
+    attn_policy base;
+    ivfpq_options options;
+    int d, group, n_sub, n_parts; /* n_parts = n_layer * n_head_kv */
+    int64_t segment;              /* tokens of a full segment */
+    ivfpq_segment **sealed;       /* [n_sealed], then [n_pending] that the current step fills */
+    int64_t n_sealed, n_pending, capacity;
+    ivfpq_segment *open; /* NULL until the first append; never shared */
+    int64_t open_first, n_open,
+        n_coded;        /* positions [open_first, open_first + n_open), of which the first n_coded have codes and clusters */
+    float *moments;     /* [n_parts][d][d] */
+    int64_t *n_queries; /* [n_parts] */
+    float *sinks;       /* [n_parts][ATTN_SINKS][d]: their keys; valid once n_far > ATTN_SINKS */
+} ivfpq;
+
+static inline int64_t ivfpq_min64(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+/* A basis (two d x d matrices, two eigenproblems) is learned when the number of segments has doubled, and serves the segments until then. */
+static inline int64_t ivfpq_basis_owner(int64_t segment)
+{
+    int64_t owner = 1;
+    while (owner * 2 <= segment + 1) owner *= 2;
+    return owner - 1;
+}
+
+/* ---- ivfpq_build.c ---- */
+
+/* A segment for n tokens; centroids and basis are left out of the open one (sealed = false). */
+ivfpq_segment *ivfpq_segment_create(const ivfpq *p, int64_t n, bool sealed, bool basis, quarry_error *error);
+void ivfpq_segment_release(ivfpq_segment *s); /* NULL allowed */
+ivfpq_part ivfpq_part_of(const ivfpq *p, const ivfpq_segment *s, int part);
+
+quarry_code ivfpq_reserve(attn_policy *p, int64_t n, quarry_error *error);
+void ivfpq_append(attn_policy *p, int layer, int head, const kv_seq *kv, int64_t n, arena *scratch);
+void ivfpq_commit(attn_policy *p, int64_t n);
+quarry_code ivfpq_reserve_seal(attn_policy *p, quarry_error *error);
+void ivfpq_seal(attn_policy *p, int layer, int head, const kv_seq *kv, arena *scratch);
+void ivfpq_commit_seal(attn_policy *p);
+void ivfpq_drop_pending(ivfpq *p);
+
+/* ---- ivfpq_search.c ---- */
+
+quarry_code ivfpq_select(const attn_policy *p, int layer, int head, const float *q, int64_t pos, arena *scratch, attn_selection *out,
+                         attn_cost *cost, quarry_error *error);
+void ivfpq_tail(const attn_policy *p, int layer, int head, const float *q, const attn_selection *sel, const float *scores,
+                const void *const *rows, arena *scratch, attention_state *state, attn_cost *cost);
+
+#endif

@@ -1,0 +1,363 @@
+/* Building the index: segments, their parts, and the open one. */
+#include <math.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#include "attn/ivfpq.h"
+
+enum { CLUSTER_ITERATIONS = 5, CODE_ITERATIONS = 6 };
+
+/* ---- memory ---- */
+
+static size_t take(size_t *at, size_t bytes)
+{
+    size_t here = *at;
+    *at = (here + bytes + 63) / 64 * 64;
+    return here;
+}
+
+static ivfpq_layout layout_make(const ivfpq *p, int64_t n, int64_t n_clusters, bool sealed, bool basis)
+{
+    ivfpq_layout l;
+    size_t at = 0, d = (size_t)p->d, c = (size_t)n_clusters, f = sizeof(float);
+    l.status = take(&at, sizeof(ivfpq_status));
+    l.mean = take(&at, sealed ? d * f : 0);
+    l.centroids = take(&at, sealed ? d * SCAN_CODES * f : 0);
+    l.forward = take(&at, basis ? d * d * f : 0);
+    l.query = take(&at, basis ? d * d * f : 0);
+    l.key_scale = take(&at, c * f);
+    l.value_scale = take(&at, c * f);
+    l.count = take(&at, c * f);
+    l.log_count = take(&at, c * f);
+    l.keys = take(&at, c * d);
+    l.values = take(&at, c * d);
+    l.cluster = take(&at, (size_t)n * sizeof(uint16_t));
+    l.codes = take(&at, vq_code_bytes(p->n_sub, n));
+    l.total = at;
+    return l;
+}
+
+static int64_t cluster_count(const ivfpq *p, int64_t n, bool sealed)
+{
+    int64_t size = sealed ? (int64_t)p->options.size : IVFPQ_RUN;
+    return (n + size - 1) / size;
+}
+
+ivfpq_segment *ivfpq_segment_create(const ivfpq *p, int64_t n, bool sealed, bool basis, quarry_error *error)
+{
+    ivfpq_segment *s = memory_zero(1, sizeof *s, "key index", error);
+    if (!s) return NULL;
+    atomic_init(&s->n_refs, 1);
+    s->n = n;
+    s->layout = layout_make(p, n, cluster_count(p, n, sealed), sealed, basis);
+    s->bytes = s->layout.total * (size_t)p->n_parts;
+    s->memory = memory_aligned((size_t)p->n_parts, s->layout.total, "key index", error);
+    if (!s->memory) {
+        memory_free(s);
+        return NULL;
+    }
+    for (int i = 0; i < p->n_parts; i++) *(ivfpq_status *)(s->memory + (size_t)i * s->layout.total) = (ivfpq_status){0};
+    return s;
+}
+
+void ivfpq_segment_release(ivfpq_segment *s)
+{
+    if (!s || atomic_fetch_sub(&s->n_refs, 1) != 1) return;
+    memory_free(s->memory);
+    memory_free(s);
+}
+
+ivfpq_part ivfpq_part_of(const ivfpq *p, const ivfpq_segment *s, int part)
+{
+    const ivfpq_layout *l = &s->layout;
+    unsigned char *m = s->memory + (size_t)part * l->total;
+    return (ivfpq_part){
+        .status = (ivfpq_status *)(m + l->status),
+        .book = {p->d, p->n_sub, (float *)(m + l->mean), (float *)(m + l->centroids)},
+        .basis = {p->d, (float *)(m + l->forward), (float *)(m + l->query)},
+        .key_scale = (float *)(m + l->key_scale),
+        .value_scale = (float *)(m + l->value_scale),
+        .count = (float *)(m + l->count),
+        .log_count = (float *)(m + l->log_count),
+        .keys = (int8_t *)(m + l->keys),
+        .values = (int8_t *)(m + l->values),
+        .cluster = (uint16_t *)(m + l->cluster),
+        .codes = m + l->codes,
+    };
+}
+
+void ivfpq_drop_pending(ivfpq *p)
+{
+    for (; p->n_pending > 0; p->n_pending--) ivfpq_segment_release(p->sealed[p->n_sealed + p->n_pending - 1]);
+}
+
+/* One more segment of n tokens at the end of the pending ones. */
+static quarry_code push_pending(ivfpq *p, int64_t first, int64_t n, quarry_error *error)
+{
+    int64_t index = p->n_sealed + p->n_pending;
+    if (index == p->capacity) {
+        int64_t capacity = p->capacity * 2 + 8;
+        quarry_code code = memory_grow(&p->sealed, (size_t)capacity, sizeof *p->sealed, "key index", error);
+        if (code != QUARRY_OK) return code;
+        p->capacity = capacity;
+    }
+    ivfpq_segment *s = ivfpq_segment_create(p, n, true, ivfpq_basis_owner(index) == index, error);
+    if (!s) return QUARRY_ERROR_MEMORY;
+    s->first = first;
+    p->sealed[index] = s;
+    p->n_pending++;
+    return QUARRY_OK;
+}
+
+/* ---- one part ---- */
+
+/* The work of one (layer, KV head); its scratch serves one segment after the other. */
+typedef struct builder {
+    const ivfpq *p;
+    const math_kernels *kernels;
+    const kv_seq *kv;
+    int layer, head, part;
+    int64_t capacity;       /* tokens */
+    float *x, *y;           /* [capacity][d]: centred keys; their coordinates in the basis */
+    float *columns;         /* [d][vq_column_stride(capacity)]: y */
+    float *values;          /* [capacity] */
+    float *mean;            /* [d] */
+    float *sums;            /* [2][clusters][d]: of keys, of values */
+    float *row;             /* [d] */
+    int32_t *assign;        /* [n_sub][capacity] */
+    int32_t *clusters;      /* [capacity] */
+    int32_t *counts, *slot; /* [clusters] */
+    arena *scratch;
+} builder;
+
+static bool builder_init(builder *b, ivfpq *p, const kv_seq *kv, int layer, int head, int64_t n, arena *scratch)
+{
+    size_t d = (size_t)p->d, tokens = (size_t)n, k = (size_t)(n / ivfpq_min64(IVFPQ_RUN, (int64_t)p->options.size) + 2);
+    *b = (builder){.p = p, .kernels = p->base.kernels, .kv = kv, .layer = layer, .head = head, .capacity = n, .scratch = scratch};
+    b->part = layer * p->base.shape.kv.n_head_kv + head;
+    b->x = arena_alloc(scratch, tokens * d, sizeof(float), NULL);
+    b->y = arena_alloc(scratch, tokens * d, sizeof(float), NULL);
+    b->columns = arena_alloc(scratch, d * (size_t)vq_column_stride(n), sizeof(float), NULL);
+    b->values = arena_alloc(scratch, tokens, sizeof(float), NULL);
+    b->mean = arena_alloc(scratch, d, sizeof(float), NULL);
+    b->sums = arena_alloc(scratch, 2 * k * d, sizeof(float), NULL);
+    b->row = arena_alloc(scratch, d, sizeof(float), NULL);
+    b->assign = arena_alloc(scratch, tokens * (size_t)p->n_sub, sizeof(int32_t), NULL);
+    b->clusters = arena_alloc(scratch, tokens, sizeof(int32_t), NULL);
+    b->counts = arena_alloc(scratch, k, sizeof(int32_t), NULL);
+    b->slot = arena_alloc(scratch, k, sizeof(int32_t), NULL);
+    return b->x && b->y && b->columns && b->values && b->mean && b->sums && b->row && b->assign && b->clusters && b->counts && b->slot;
+}
+
+static const void *row_of(const builder *b, int64_t pos)
+{
+    return kv_row(b->kv, b->layer, b->head, pos);
+}
+
+static void read_keys(builder *b, int64_t first, int64_t n)
+{
+    for (int64_t t = 0; t < n; t++) kv_read_key(b->kernels, row_of(b, first + t), &b->p->base.shape.kv, b->x + t * b->p->d);
+}
+
+/* mean = mean of x[n]; x -= mean. */
+static void centre(builder *b, int64_t n)
+{
+    int d = b->p->d;
+    memset(b->mean, 0, (size_t)d * sizeof *b->mean);
+    for (int64_t t = 0; t < n; t++)
+        for (int i = 0; i < d; i++) b->mean[i] += b->x[t * d + i];
+    for (int i = 0; i < d; i++) b->mean[i] /= (float)n;
+    for (int64_t t = 0; t < n; t++)
+        for (int i = 0; i < d; i++) b->x[t * d + i] -= b->mean[i];
+}
+
+/* Means and counts of the clusters that clusters[n] assigns the tokens from position `first` to (0 <= clusters < k), into the slots from `at` on; empty ones take none. Returns
+ * how many slots. token: where their slot numbers go. */
+static int32_t fill_clusters(builder *b, const ivfpq_part *part, int64_t first, int64_t n, int32_t k, int32_t at, uint16_t *token)
+{
+    int d = b->p->d;
+    float *key_sums = b->sums, *value_sums = b->sums + (size_t)k * (size_t)d;
+    const kv_shape *shape = &b->p->base.shape.kv;
+    memset(b->sums, 0, 2 * (size_t)k * (size_t)d * sizeof *b->sums);
+    memset(b->counts, 0, (size_t)k * sizeof *b->counts);
+    for (int64_t t = 0; t < n; t++) {
+        int32_t c = b->clusters[t];
+        float *key = key_sums + (size_t)c * d, *value = value_sums + (size_t)c * d;
+        b->counts[c]++;
+        kv_read_key(b->kernels, row_of(b, first + t), shape, b->row);
+        for (int i = 0; i < d; i++) key[i] += b->row[i];
+        kv_read_value(b->kernels, row_of(b, first + t), shape, b->row);
+        for (int i = 0; i < d; i++) value[i] += b->row[i];
+    }
+    int32_t used = 0;
+    for (int32_t c = 0; c < k; c++) {
+        if (!b->counts[c]) continue;
+        size_t slot = (size_t)(at + used), count = (size_t)b->counts[c];
+        b->slot[c] = at + used++;
+        part->count[slot] = (float)count;
+        part->log_count[slot] = logf((float)count);
+        part->key_scale[slot] = vq_quantise_i8(key_sums + (size_t)c * d, d, part->keys + slot * (size_t)d) / (float)count;
+        part->value_scale[slot] = vq_quantise_i8(value_sums + (size_t)c * d, d, part->values + slot * (size_t)d) / (float)count;
+    }
+    for (int64_t t = 0; t < n; t++) token[t] = (uint16_t)b->slot[b->clusters[t]];
+    return used;
+}
+
+/* The basis of segment `index`: its own, learned now from its keys and the queries seen so far, or an earlier one's. */
+static quarry_code find_basis(builder *b, int64_t index, const ivfpq_part *part, int64_t n, vq_basis *basis)
+{
+    const ivfpq *p = b->p;
+    int64_t owner = ivfpq_basis_owner(index);
+    if (owner != index) {
+        ivfpq_part from = ivfpq_part_of(p, p->sealed[owner], b->part);
+        *basis = from.basis;
+        return from.status->coded ? QUARRY_OK : QUARRY_ERROR_MEMORY;
+    }
+    size_t cells = (size_t)p->d * (size_t)p->d;
+    float *matrices = arena_alloc(b->scratch, 2 * cells, sizeof *matrices, NULL);
+    if (!matrices) return QUARRY_ERROR_MEMORY;
+    vq_moments h = {p->d, p->n_queries[b->part], p->moments + (size_t)b->part * cells};
+    vq_metric metric = {p->d, matrices, matrices + cells};
+    quarry_code code = vq_metric_make(&metric, &h, (float)p->options.alpha, (float)p->options.shrink, b->scratch, NULL);
+    *basis = part->basis;
+    return code == QUARRY_OK ? vq_basis_make(basis, b->kernels, &metric, b->x, n, p->n_sub, b->scratch, NULL) : code;
+}
+
+/* Trains and fills the part of segment `index`. Without memory for it the part stays uncoded: all of its tokens are read. */
+static void build_part(builder *b, int64_t index)
+{
+    const ivfpq *p = b->p;
+    const ivfpq_segment *s = p->sealed[index];
+    ivfpq_part part = ivfpq_part_of(p, s, b->part);
+    int64_t d = p->d, n = s->n, stride = vq_column_stride(n), k = cluster_count(p, n, true);
+    vq_basis basis;
+    part.status->coded = false;
+    read_keys(b, s->first, n);
+    centre(b, n);
+    if (find_basis(b, index, &part, n, &basis) != QUARRY_OK) return;
+    b->kernels->retrieval->product(b->x, d, 1, basis.forward, d, b->y, d, n, d, d, false);
+    b->kernels->retrieval->product(b->mean, d, 1, basis.forward, d, part.book.mean, d, 1, d, d, false);
+    vq_transpose(b->y, d, n, p->d, b->columns, stride);
+    vq_points points = {b->y, b->columns, n, d, stride, p->d};
+    uint64_t seed = (uint64_t)(s->first * p->n_parts + b->part);
+    if (vq_codebook_train(&part.book, b->kernels, &points, CODE_ITERATIONS, seed, b->assign, b->scratch, NULL) != QUARRY_OK) return;
+    memset(part.codes, 0, vq_code_bytes(p->n_sub, n));
+    vq_pack(p->n_sub, b->assign, n, 0, part.codes);
+    if (vq_kmeans(b->kernels, &points, (int)k, CLUSTER_ITERATIONS, seed, b->sums, b->clusters, b->counts, b->scratch, NULL) != QUARRY_OK)
+        return;
+    part.status->n_clusters = fill_clusters(b, &part, s->first, n, (int32_t)k, 0, part.cluster);
+    part.status->coded = true;
+}
+
+/* Codes and runs of tokens [from, end) of the open segment that begins at `first`, with the tables of segment `index`; from is rounded down to a whole run. */
+static void code_open(builder *b, int64_t index, int64_t first, int64_t from, int64_t end)
+{
+    const ivfpq *p = b->p;
+    ivfpq_part part = ivfpq_part_of(p, p->open, b->part), tables = ivfpq_part_of(p, p->sealed[index], b->part);
+    ivfpq_part owner = ivfpq_part_of(p, p->sealed[ivfpq_basis_owner(index)], b->part);
+    int64_t d = p->d;
+    part.status->coded = tables.status->coded && owner.status->coded;
+    part.status->n_clusters = 0;
+    if (!part.status->coded) return;
+    from = from / IVFPQ_RUN * IVFPQ_RUN;
+    int64_t n = end - from, stride = vq_column_stride(n);
+    int32_t before = (int32_t)(from / IVFPQ_RUN);
+    read_keys(b, first + from, n);
+    b->kernels->retrieval->product(b->x, d, 1, owner.basis.forward, d, b->y, d, n, d, d, false);
+    for (int64_t t = 0; t < n; t++)
+        for (int64_t i = 0; i < d; i++) b->y[t * d + i] -= tables.book.mean[i];
+    vq_transpose(b->y, d, n, p->d, b->columns, stride);
+    vq_encode(&tables.book, b->kernels, b->columns, stride, n, b->assign, b->values);
+    vq_pack(p->n_sub, b->assign, n, from, part.codes);
+    for (int64_t t = 0; t < n; t++) b->clusters[t] = (int32_t)(t / IVFPQ_RUN);
+    int32_t runs = (int32_t)((n + IVFPQ_RUN - 1) / IVFPQ_RUN);
+    part.status->n_clusters = before + fill_clusters(b, &part, first + from, n, runs, before, part.cluster + from);
+}
+
+/* ---- a step ---- */
+
+quarry_code ivfpq_reserve(attn_policy *policy, int64_t n, quarry_error *error)
+{
+    ivfpq *p = (ivfpq *)policy;
+    ivfpq_drop_pending(p);
+    if (!p->open && !(p->open = ivfpq_segment_create(p, p->segment, false, false, error))) return QUARRY_ERROR_MEMORY;
+    int64_t full = (p->n_open + n) / p->segment;
+    for (int64_t i = 0; i < full; i++) {
+        quarry_code code = push_pending(p, p->open_first + i * p->segment, p->segment, error);
+        if (code == QUARRY_OK) continue;
+        ivfpq_drop_pending(p);
+        return code;
+    }
+    return QUARRY_OK;
+}
+
+static void keep_sinks(ivfpq *p, int layer, int head, const kv_seq *kv)
+{
+    float *sinks = p->sinks + (size_t)(layer * p->base.shape.kv.n_head_kv + head) * ATTN_SINKS * (size_t)p->d;
+    for (int i = 0; i < ATTN_SINKS; i++)
+        kv_read_key(p->base.kernels, kv_row(kv, layer, head, i), &p->base.shape.kv, sinks + (int64_t)i * p->d);
+}
+
+void ivfpq_append(attn_policy *policy, int layer, int head, const kv_seq *kv, int64_t n, arena *scratch)
+{
+    ivfpq *p = (ivfpq *)policy;
+    ivfpq_status *open = ivfpq_part_of(p, p->open, layer * p->base.shape.kv.n_head_kv + head).status;
+    int64_t rest = (p->n_open + n) % p->segment, end = p->n_sealed + p->n_pending, from = p->n_pending || !open->coded ? 0 : p->n_coded;
+    if (p->base.n_far == ATTN_SINKS) keep_sinks(p, layer, head, kv);
+    if (end == 0) return; /* no tables yet */
+    builder b;
+    if (!builder_init(&b, p, kv, layer, head, p->n_pending ? p->segment : rest - from / IVFPQ_RUN * IVFPQ_RUN, scratch)) {
+        open->coded = false;
+        return;
+    }
+    for (int64_t i = p->n_sealed; i < end; i++) build_part(&b, i);
+    if (rest > 0) code_open(&b, end - 1, p->open_first + p->n_pending * p->segment, from, rest);
+}
+
+void ivfpq_commit(attn_policy *policy, int64_t n)
+{
+    ivfpq *p = (ivfpq *)policy;
+    p->base.n_far += n;
+    p->open_first += p->n_pending * p->segment;
+    p->n_open += n - p->n_pending * p->segment;
+    p->n_sealed += p->n_pending;
+    p->n_pending = 0;
+    p->n_coded = p->n_sealed ? p->n_open : 0;
+}
+
+quarry_code ivfpq_reserve_seal(attn_policy *policy, quarry_error *error)
+{
+    ivfpq *p = (ivfpq *)policy;
+    ivfpq_drop_pending(p);
+    int64_t least = p->n_sealed ? p->segment / 4 : ivfpq_min64(IVFPQ_FIRST_SEAL, p->segment);
+    return p->n_open >= least ? push_pending(p, p->open_first, p->n_open, error) : QUARRY_OK;
+}
+
+void ivfpq_seal(attn_policy *policy, int layer, int head, const kv_seq *kv, arena *scratch)
+{
+    ivfpq *p = (ivfpq *)policy;
+    bool codes_only = !p->n_pending; /* too few for tables of their own, but truncation may have left tokens without codes */
+    if (p->n_open == 0 || (codes_only && (!p->n_sealed || p->n_coded == p->n_open))) return;
+    ivfpq_status *open = ivfpq_part_of(p, p->open, layer * p->base.shape.kv.n_head_kv + head).status;
+    builder b;
+    if (!builder_init(&b, p, kv, layer, head, p->n_open, scratch)) {
+        open->coded = false;
+        return;
+    }
+    if (codes_only)
+        code_open(&b, p->n_sealed - 1, p->open_first, open->coded ? p->n_coded : 0, p->n_open);
+    else
+        build_part(&b, p->n_sealed);
+}
+
+void ivfpq_commit_seal(attn_policy *policy)
+{
+    ivfpq *p = (ivfpq *)policy;
+    if (p->n_pending) {
+        p->open_first += p->n_open;
+        p->n_open = 0;
+        p->n_sealed += p->n_pending;
+        p->n_pending = 0;
+    }
+    p->n_coded = p->n_sealed ? p->n_open : 0;
+}

@@ -1,0 +1,158 @@
+#include <math.h>
+#include <string.h>
+
+#include "math/retrieval.h"
+
+static float lut_scalar(const float *q, const float *centroids, int n_sub, int d_sub, float *lut, float *low)
+{
+    float widest = 0;
+    for (int s = 0; s < n_sub; s++) {
+        float *row = lut + s * SCAN_CODES;
+        const float *centroid = centroids + (size_t)s * d_sub * SCAN_CODES; /* [d_sub][16] */
+        float least = INFINITY, most = -INFINITY;
+        for (int c = 0; c < SCAN_CODES; c++) {
+            float sum = 0;
+            for (int j = 0; j < d_sub; j++) sum += q[s * d_sub + j] * centroid[j * SCAN_CODES + c];
+            row[c] = sum;
+            least = sum < least ? sum : least;
+            most = sum > most ? sum : most;
+        }
+        low[s] = least;
+        if (most - least > widest) widest = most - least;
+    }
+    return widest;
+}
+
+static void lut_quantise_scalar(const float *lut, const float *low, float inverse_step, int n_sub, uint8_t *out)
+{
+    for (int i = 0; i < n_sub * SCAN_CODES; i++) {
+        float x = rintf((lut[i] - low[i / SCAN_CODES]) * inverse_step);
+        out[i] = x < 255 ? (uint8_t)x : 255;
+    }
+}
+
+static void scan_scalar(const uint8_t *codes, int n_sub, int64_t n_blocks, const uint8_t *lut, int g, const uint16_t *offset, uint16_t *out)
+{
+    for (int64_t b = 0; b < n_blocks; b++) {
+        const uint8_t *block = codes + (size_t)b * n_sub * 16;
+        for (int t = 0; t < SCAN_BLOCK; t++) {
+            uint32_t best = 0;
+            for (int h = 0; h < g; h++) {
+                const uint8_t *table = lut + (size_t)h * n_sub * SCAN_CODES;
+                uint32_t sum = offset[h];
+                for (int s = 0; s < n_sub; s++) sum += table[s * SCAN_CODES + (block[s * 16 + t % 16] >> (t / 16 * 4) & 15)];
+                if (sum > UINT16_MAX) sum = UINT16_MAX;
+                if (sum > best) best = sum;
+            }
+            out[b * SCAN_BLOCK + t] = (uint16_t)best;
+        }
+    }
+}
+
+static int64_t count_scalar(const uint16_t *keys, int64_t n, uint16_t threshold)
+{
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i++) count += keys[i] >= threshold;
+    return count;
+}
+
+static int64_t collect_scalar(const uint16_t *keys, int64_t n, uint16_t threshold, int64_t *n_ties, int32_t first, int32_t *ids)
+{
+    int64_t found = 0;
+    for (int64_t i = 0; i < n; i++) {
+        if (keys[i] < threshold || (keys[i] == threshold && *n_ties <= 0)) continue;
+        if (keys[i] == threshold) --*n_ties;
+        ids[found++] = first + (int32_t)i;
+    }
+    return found;
+}
+
+static void dot_i8_scalar(const float *q, int g, int d, const int8_t *x, const float *scale, int64_t n, float *out, int64_t stride)
+{
+    for (int64_t c = 0; c < n; c++) {
+        for (int h = 0; h < g; h++) {
+            float sum = 0;
+            for (int i = 0; i < d; i++) sum += q[h * d + i] * x[c * d + i];
+            out[h * stride + c] = sum * scale[c];
+        }
+    }
+}
+
+static void accumulate_i8_scalar(const float *w, int64_t stride, int g, int d, const int8_t *x, const float *scale, int64_t n, float *o)
+{
+    for (int64_t c = 0; c < n; c++) {
+        for (int h = 0; h < g; h++) {
+            float weight = w[h * stride + c] * scale[c];
+            for (int i = 0; i < d; i++) o[h * d + i] += weight * x[c * d + i];
+        }
+    }
+}
+
+/* IEEE half to float; a plain C translation so that the specification needs no instruction set. */
+static float half_float(uint16_t h)
+{
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 1023, bits;
+    if (exponent == 0) {
+        float x = ldexpf((float)mantissa, -24);
+        return sign ? -x : x;
+    }
+    bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static void accumulate_rows_scalar(const float *w, int g, int d, kv_type type, const void *const *rows, int64_t n, float *o)
+{
+    for (int64_t r = 0; r < n; r++) {
+        for (int i = 0; i < d; i++) {
+            float value = type == KV_F16 ? half_float(((const uint16_t *)rows[r])[d + i]) : ((const float *)rows[r])[d + i];
+            for (int h = 0; h < g; h++) o[h * d + i] += w[h * n + r] * value;
+        }
+    }
+}
+
+static void nearest_scalar(const float *c, const float *half, int k, int d, const float *y, int64_t stride, int64_t n, int32_t *index,
+                           float *value)
+{
+    for (int64_t t = 0; t < n; t++) {
+        float best = -INFINITY;
+        int32_t at = 0;
+        for (int j = 0; j < k; j++) {
+            float sum = -half[j];
+            for (int i = 0; i < d; i++) sum += c[(size_t)j * d + i] * y[i * stride + t];
+            if (sum > best) {
+                best = sum;
+                at = j;
+            }
+        }
+        index[t] = at;
+        value[t] = best;
+    }
+}
+
+static void product_scalar(const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row, float *c, int64_t c_row,
+                           int64_t m, int64_t n, int64_t k, bool add)
+{
+    for (int64_t i = 0; i < m; i++) {
+        float *row = c + i * c_row;
+        if (!add) memset(row, 0, (size_t)n * sizeof *row);
+        for (int64_t l = 0; l < k; l++) {
+            float factor = a[i * a_row + l * a_column];
+            for (int64_t j = 0; j < n; j++) row[j] += factor * b[l * b_row + j];
+        }
+    }
+}
+
+const retrieval_kernels retrieval_scalar = {
+    .lut = lut_scalar,
+    .lut_quantise = lut_quantise_scalar,
+    .scan = scan_scalar,
+    .count = count_scalar,
+    .collect = collect_scalar,
+    .dot_i8 = dot_i8_scalar,
+    .accumulate_i8 = accumulate_i8_scalar,
+    .accumulate_rows = accumulate_rows_scalar,
+    .nearest = nearest_scalar,
+    .product = product_scalar,
+};

@@ -1,0 +1,160 @@
+#include "vq/vq.h"
+
+#include <math.h>
+#include <string.h>
+
+void vq_transpose(const float *rows, int64_t row_stride, int64_t n, int d, float *columns, int64_t column_stride)
+{
+    enum { TILE = 16 }; /* a tile of rows and its columns stay in L1 */
+    for (int64_t first = 0; first < n; first += TILE) {
+        int64_t end = first + TILE < n ? first + TILE : n;
+        for (int i = 0; i < d; i++)
+            for (int64_t t = first; t < end; t++) columns[i * column_stride + t] = rows[t * row_stride + i];
+    }
+}
+
+/* ---- k-means ---- */
+
+static float norm2(const float *x, int d)
+{
+    float sum = 0;
+    for (int i = 0; i < d; i++) sum += x[i] * x[i];
+    return sum;
+}
+
+static void half_norms(const float *centroids, int k, int d, float *half)
+{
+    for (int j = 0; j < k; j++) half[j] = 0.5f * norm2(centroids + (size_t)j * d, d);
+}
+
+static void count_assigned(const int32_t *assign, int64_t n, int k, int32_t *counts)
+{
+    memset(counts, 0, (size_t)k * sizeof *counts);
+    for (int64_t t = 0; t < n; t++) counts[assign[t]]++;
+}
+
+/* Means of the assigned points; the centroid of an empty cluster becomes the point farthest from its own centroid, which is then out of the running. value: x·c - |c|²/2. */
+static void update(const vq_points *x, int k, float *centroids, const int32_t *assign, float *value, int32_t *counts)
+{
+    int d = x->d;
+    count_assigned(assign, x->n, k, counts);
+    memset(centroids, 0, (size_t)k * (size_t)d * sizeof *centroids);
+    for (int64_t t = 0; t < x->n; t++) {
+        float *centroid = centroids + (size_t)assign[t] * d;
+        const float *row = x->rows + t * x->row_stride;
+        for (int i = 0; i < d; i++) centroid[i] += row[i];
+    }
+    for (int j = 0; j < k; j++) {
+        float *centroid = centroids + (size_t)j * d;
+        if (counts[j]) {
+            float inverse = 1 / (float)counts[j];
+            for (int i = 0; i < d; i++) centroid[i] *= inverse;
+            continue;
+        }
+        int64_t farthest = 0;
+        float most = -INFINITY;
+        for (int64_t t = 0; t < x->n; t++) {
+            if (value[t] == INFINITY) continue;
+            float distance = norm2(x->rows + t * x->row_stride, d) - 2 * value[t];
+            if (distance > most) {
+                most = distance;
+                farthest = t;
+            }
+        }
+        value[farthest] = INFINITY;
+        memcpy(centroid, x->rows + farthest * x->row_stride, (size_t)d * sizeof *centroid);
+    }
+}
+
+/* value[n], half[k]: scratch. */
+static void lloyd(const math_kernels *kernels, const vq_points *x, int k, int iterations, uint64_t seed, float *centroids, int32_t *assign,
+                  int32_t *counts, float *value, float *half)
+{
+    random_state random;
+    random_seed(&random, seed);
+    for (int j = 0; j < k; j++) { /* one point of each of k runs of neighbours */
+        int64_t t = (j * x->n + (int64_t)random_below(&random, (uint64_t)x->n)) / k;
+        memcpy(centroids + (size_t)j * x->d, x->rows + t * x->row_stride, (size_t)x->d * sizeof *centroids);
+    }
+    for (int i = 0;; i++) {
+        half_norms(centroids, k, x->d, half);
+        kernels->retrieval->nearest(centroids, half, k, x->d, x->columns, x->column_stride, x->n, assign, value);
+        if (i == iterations) break;
+        update(x, k, centroids, assign, value, counts);
+    }
+    count_assigned(assign, x->n, k, counts);
+}
+
+quarry_code vq_kmeans(const math_kernels *kernels, const vq_points *points, int k, int iterations, uint64_t seed, float *centroids,
+                      int32_t *assign, int32_t *counts, arena *scratch, quarry_error *error)
+{
+    float *value = arena_alloc(scratch, (size_t)points->n, sizeof *value, error);
+    float *half = arena_alloc(scratch, (size_t)k, sizeof *half, error);
+    if (!value || !half) return QUARRY_ERROR_MEMORY;
+    lloyd(kernels, points, k, iterations, seed, centroids, assign, counts, value, half);
+    return QUARRY_OK;
+}
+
+/* ---- product codes ---- */
+
+quarry_code vq_codebook_train(vq_codebook *b, const math_kernels *kernels, const vq_points *y, int iterations, uint64_t seed,
+                              int32_t *assign, arena *scratch, quarry_error *error)
+{
+    int d_sub = b->d / b->n_sub;
+    size_t n = (size_t)y->n, cells = (size_t)d_sub * SCAN_CODES;
+    float *value = arena_alloc(scratch, n + SCAN_CODES + cells, sizeof *value, error);
+    int32_t *counts = arena_alloc(scratch, n + SCAN_CODES, sizeof *counts, error);
+    if (!value || !counts) return QUARRY_ERROR_MEMORY;
+    float *half = value + n, *centroids = half + SCAN_CODES;
+    int32_t *own = counts + SCAN_CODES;
+    for (int s = 0; s < b->n_sub; s++) {
+        vq_points part = *y;
+        part.rows += (int64_t)s * d_sub;
+        part.columns += s * d_sub * y->column_stride;
+        part.d = d_sub;
+        lloyd(kernels, &part, SCAN_CODES, iterations, seed + (uint64_t)s, centroids, assign ? assign + (size_t)s * n : own, counts, value,
+              half);
+        vq_transpose(centroids, d_sub, SCAN_CODES, d_sub, b->centroids + (size_t)s * cells, SCAN_CODES);
+    }
+    return QUARRY_OK;
+}
+
+void vq_encode(const vq_codebook *b, const math_kernels *kernels, const float *y, int64_t stride, int64_t n, int32_t *assign, float *values)
+{
+    enum { MAX_SUB = 64 };
+    int d_sub = b->d / b->n_sub;
+    float centroids[SCAN_CODES * MAX_SUB], half[SCAN_CODES];
+    for (int s = 0; s < b->n_sub; s++) {
+        vq_transpose(b->centroids + (size_t)s * d_sub * SCAN_CODES, SCAN_CODES, d_sub, SCAN_CODES, centroids, d_sub);
+        half_norms(centroids, SCAN_CODES, d_sub, half);
+        kernels->retrieval->nearest(centroids, half, SCAN_CODES, d_sub, y + s * d_sub * stride, stride, n, assign + s * n, values);
+    }
+}
+
+void vq_pack(int n_sub, const int32_t *assign, int64_t n, int64_t first, uint8_t *codes)
+{
+    for (int s = 0; s < n_sub; s++) {
+        const int32_t *from = assign + s * n;
+        for (int64_t t = 0; t < n; t++) {
+            int64_t lane = first + t;
+            uint8_t *byte = codes + ((size_t)(lane / SCAN_BLOCK) * (size_t)n_sub + (size_t)s) * (SCAN_BLOCK / 2) + lane % 16;
+            bool high = lane % SCAN_BLOCK >= 16;
+            *byte = (uint8_t)(high ? (*byte & 15) | from[t] << 4 : (*byte & 240) | from[t]);
+        }
+    }
+}
+
+/* ---- int8 vectors ---- */
+
+float vq_quantise_i8(const float *x, int d, int8_t *out)
+{
+    float most = 0;
+    for (int i = 0; i < d; i++) most = fmaxf(most, fabsf(x[i]));
+    if (!(most > 1e-30f)) { /* also keeps the inverse finite */
+        memset(out, 0, (size_t)d);
+        return 0;
+    }
+    float scale = most / 127, inverse = 1 / scale;
+    for (int i = 0; i < d; i++) out[i] = (int8_t)lrintf(x[i] * inverse);
+    return scale;
+}

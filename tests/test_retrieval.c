@@ -1,0 +1,322 @@
+/* Kernels of the key index: integers equal the scalar specification exactly, floats to rounding, on every instruction set of this machine. */
+#include "test.h"
+
+#include <math.h>
+
+#include "base/base.h"
+#include "math/retrieval.h"
+
+static const struct {
+    cpu_isa isa;
+    const retrieval_kernels *kernels;
+} tables[] = {
+#if defined(__x86_64__)
+    {CPU_AVX2, &retrieval_avx2},
+    {CPU_AVX512, &retrieval_avx512},
+#endif
+    {CPU_SCALAR, &retrieval_scalar},
+};
+
+#define EACH_TABLE(k)                                                                                                                      \
+    for (size_t table_ = 0; table_ < TEST_COUNT(tables); table_++)                                                                         \
+        if (tables[table_].isa <= cpu_detect())                                                                                            \
+            for (const retrieval_kernels *k = tables[table_].kernels; k; k = NULL)
+
+static void *make(size_t n, size_t size)
+{
+    void *p = memory_aligned(n, size, "test", NULL);
+    assert_non_null(p);
+    return p;
+}
+
+static float *normals(random_state *r, size_t n)
+{
+    float *x = make(n, sizeof *x);
+    for (size_t i = 0; i < n; i++) x[i] = (float)random_normal(r);
+    return x;
+}
+
+static uint8_t *bytes(random_state *r, size_t n)
+{
+    uint8_t *x = make(n, 1);
+    for (size_t i = 0; i < n; i++) x[i] = (uint8_t)random_u64(r);
+    return x;
+}
+
+static void assert_close(const float *a, const float *b, size_t n, float bound)
+{
+    for (size_t i = 0; i < n; i++) {
+        if (fabsf(a[i] - b[i]) > bound * (1 + fabsf(b[i]))) print_error("at %zu: %g, not %g\n", i, (double)a[i], (double)b[i]);
+        assert_true(fabsf(a[i] - b[i]) <= bound * (1 + fabsf(b[i])));
+    }
+}
+
+/* The scalar scan itself, against sums written out from the layout in the header. */
+static void scalar_scan_adds_the_tables_of_each_token(void **state)
+{
+    (void)state;
+    enum { SUB = 3, BLOCKS = 2 };
+    random_state r;
+    random_seed(&r, 1);
+    uint8_t *codes = bytes(&r, BLOCKS * SUB * 16), *lut = bytes(&r, 2 * SUB * 16);
+    uint16_t offset[2] = {100, 65000}, out[BLOCKS * 32];
+    retrieval_scalar.scan(codes, SUB, BLOCKS, lut, 2, offset, out);
+    for (int t = 0; t < BLOCKS * 32; t++) {
+        const uint8_t *block = codes + t / 32 * SUB * 16;
+        int sum[2] = {100, 65000};
+        for (int s = 0; s < SUB; s++) {
+            int byte = block[s * 16 + t % 16], code = t % 32 < 16 ? byte % 16 : byte / 16;
+            for (int h = 0; h < 2; h++) sum[h] += lut[(h * SUB + s) * 16 + code];
+        }
+        int want = sum[0] > sum[1] ? sum[0] : sum[1];
+        assert_int_equal(out[t], want > 65535 ? 65535 : want);
+    }
+    memory_free(codes);
+    memory_free(lut);
+}
+
+static void scan_equals_scalar_exactly(void **state)
+{
+    (void)state;
+    const int subs[] = {1, 2, 3, 7, 16, 18, 20, 24, 32, 64, 255, 256};
+    enum { BLOCKS = 5, HEADS = 9 };
+    random_state r;
+    random_seed(&r, 2);
+    EACH_TABLE(k)
+    {
+        for (size_t i = 0; i < TEST_COUNT(subs); i++)
+            for (int g = 1; g <= HEADS; g++) {
+                size_t n = (size_t)subs[i] * 16;
+                uint8_t *codes = bytes(&r, BLOCKS * n), *lut = bytes(&r, (size_t)g * n);
+                if (g == 2) memset(lut, 255, (size_t)g * n); /* the largest sums */
+                uint16_t offset[HEADS], want[BLOCKS * 32], got[BLOCKS * 32];
+                for (int h = 0; h < g; h++) offset[h] = (uint16_t)(g == 3 ? 65500 + h : (int)random_below(&r, 40000));
+                retrieval_scalar.scan(codes, subs[i], BLOCKS, lut, g, offset, want);
+                k->scan(codes, subs[i], BLOCKS, lut, g, offset, got);
+                assert_memory_equal(got, want, sizeof want);
+                memory_free(codes);
+                memory_free(lut);
+            }
+    }
+}
+
+static void tables_equal_scalar_and_quantise_to_the_same_bytes(void **state)
+{
+    (void)state;
+    enum { SUB = 24 };
+    random_state r;
+    random_seed(&r, 3);
+    for (int d_sub = 2; d_sub <= 8; d_sub += 2) {
+        float *q = normals(&r, (size_t)SUB * (size_t)d_sub), *centroids = normals(&r, (size_t)SUB * (size_t)d_sub * 16);
+        float want[SUB * 16], want_low[SUB], got[SUB * 16], low[SUB];
+        uint8_t want_bytes[SUB * 16], got_bytes[SUB * 16];
+        float widest = retrieval_scalar.lut(q, centroids, SUB, d_sub, want, want_low);
+        EACH_TABLE(k)
+        {
+            float range = k->lut(q, centroids, SUB, d_sub, got, low);
+            assert_close(got, want, SUB * 16, 1e-5f);
+            assert_close(low, want_low, SUB, 1e-5f);
+            assert_close(&range, &widest, 1, 1e-5f);
+            /* 300 / widest: some entries are above 255 */
+            retrieval_scalar.lut_quantise(want, want_low, 300 / widest, SUB, want_bytes);
+            k->lut_quantise(want, want_low, 300 / widest, SUB, got_bytes);
+            assert_memory_equal(got_bytes, want_bytes, sizeof want_bytes);
+        }
+        int least = 255, most = 0;
+        for (int i = 0; i < SUB * 16; i++) {
+            least = want_bytes[i] < least ? want_bytes[i] : least;
+            most = want_bytes[i] > most ? want_bytes[i] : most;
+        }
+        assert_int_equal(least, 0);
+        assert_int_equal(most, 255);
+        memory_free(q);
+        memory_free(centroids);
+    }
+}
+
+static void count_and_collect_find_the_keys_above_and_the_first_ties(void **state)
+{
+    (void)state;
+    enum { N = 40000 / 32 * 32 };
+    random_state r;
+    random_seed(&r, 4);
+    uint16_t *keys = make(N, sizeof *keys);
+    int32_t *want = make(N, sizeof *want), *got = make(N, sizeof *got);
+    const uint32_t spans[] = {3, 300, 65536};
+    for (size_t s = 0; s < TEST_COUNT(spans); s++) {
+        for (int i = 0; i < N; i++) keys[i] = (uint16_t)random_below(&r, spans[s]);
+        const uint16_t thresholds[] = {0, 1, 2, 299, 32767, 32768, 65534, 65535};
+        for (size_t t = 0; t < TEST_COUNT(thresholds); t++) {
+            int64_t above = 0, equal = 0;
+            for (int i = 0; i < N; i++) {
+                above += keys[i] > thresholds[t];
+                equal += keys[i] == thresholds[t];
+            }
+            EACH_TABLE(k)
+            {
+                assert_int_equal(k->count(keys, N, thresholds[t]), above + equal);
+                for (int64_t ties = 0; ties <= equal; ties += 1 + equal / 3) {
+                    int64_t left = ties, n = 0, taken = 0;
+                    for (int i = 0; i < N; i++) {
+                        if (keys[i] == thresholds[t] && taken++ >= ties) continue;
+                        if (keys[i] >= thresholds[t]) want[n++] = 1000 + i;
+                    }
+                    assert_int_equal(k->collect(keys, N, thresholds[t], &left, 1000, got), n);
+                    assert_int_equal(left, 0);
+                    assert_memory_equal(got, want, (size_t)n * sizeof *got);
+                }
+            }
+        }
+    }
+    memory_free(keys);
+    memory_free(want);
+    memory_free(got);
+}
+
+static void int8_products_equal_scalar(void **state)
+{
+    (void)state;
+    const int dims[] = {8, 64, 72, 80, 96, 128, 256};
+    random_state r;
+    random_seed(&r, 5);
+    for (size_t i = 0; i < TEST_COUNT(dims); i++)
+        for (int g = 1; g <= 9; g += g < 5 ? 1 : 4)
+            for (int n = 0; n < 23; n += 11) {
+                size_t d = (size_t)dims[i], heads = (size_t)g, c = (size_t)n, stride = c + 3;
+                float *q = normals(&r, heads * d), *scale = normals(&r, c), *o = normals(&r, heads * d), *w = normals(&r, heads * stride);
+                int8_t *x = (int8_t *)bytes(&r, c * d);
+                float *want = normals(&r, heads * stride), *got = make(heads * stride, sizeof *got),
+                      *sums = make(2 * heads * d, sizeof *sums);
+                memcpy(got, want, heads * stride * sizeof *got);
+                retrieval_scalar.dot_i8(q, g, dims[i], x, scale, n, want, (int64_t)stride);
+                memcpy(sums, o, heads * d * sizeof *o);
+                retrieval_scalar.accumulate_i8(w, (int64_t)stride, g, dims[i], x, scale, n, sums);
+                EACH_TABLE(k)
+                {
+                    k->dot_i8(q, g, dims[i], x, scale, n, got, (int64_t)stride);
+                    assert_close(got, want, heads * stride, 2e-4f);
+                    memcpy(sums + heads * d, o, heads * d * sizeof *o);
+                    k->accumulate_i8(w, (int64_t)stride, g, dims[i], x, scale, n, sums + heads * d);
+                    assert_close(sums + heads * d, sums, heads * d, 1e-3f);
+                }
+                memory_free(q), memory_free(scale), memory_free(o), memory_free(w), memory_free(x), memory_free(want), memory_free(got),
+                    memory_free(sums);
+            }
+}
+
+static void rows_are_accumulated_as_scalar_does(void **state)
+{
+    (void)state;
+    const int dims[] = {8, 64, 72, 96, 256};
+    enum { N = 13 };
+    random_state r;
+    random_seed(&r, 6);
+    for (size_t i = 0; i < TEST_COUNT(dims); i++)
+        for (int g = 1; g <= 5; g++)
+            for (int type = KV_F16; type <= KV_F32; type++) {
+                size_t d = (size_t)dims[i], heads = (size_t)g, row = kv_row_bytes((kv_type)type, dims[i]);
+                uint8_t *data = bytes(&r, N * row);
+                const void *rows[N];
+                for (size_t t = 0; t < N; t++) {
+                    rows[t] = data + (N - 1 - t) * row;
+                    for (size_t j = 0; j < 2 * d; j++) {
+                        if (type == KV_F32) ((float *)rows[t])[j] = (float)random_normal(&r);
+                        if (type == KV_F16) ((uint16_t *)rows[t])[j] &= 0xbfff; /* below 2, with subnormals */
+                    }
+                }
+                float *w = normals(&r, heads * N), *o = normals(&r, heads * d), *want = make(heads * d, sizeof *want),
+                      *got = make(heads * d, sizeof *got);
+                memcpy(want, o, heads * d * sizeof *o);
+                retrieval_scalar.accumulate_rows(w, g, dims[i], (kv_type)type, rows, N, want);
+                EACH_TABLE(k)
+                {
+                    memcpy(got, o, heads * d * sizeof *o);
+                    k->accumulate_rows(w, g, dims[i], (kv_type)type, rows, N, got);
+                    assert_close(got, want, heads * d, 1e-4f);
+                }
+                memory_free(data), memory_free(w), memory_free(o), memory_free(want), memory_free(got);
+            }
+}
+
+/* Reference: distances in double precision. */
+static void nearest_finds_the_nearest_centroid(void **state)
+{
+    (void)state;
+    const struct {
+        int k, d, n;
+    } shapes[] = {{16, 4, 100}, {1, 8, 33}, {13, 10, 47}, {130, 64, 65}};
+    random_state r;
+    random_seed(&r, 7);
+    for (size_t s = 0; s < TEST_COUNT(shapes); s++) {
+        size_t k = (size_t)shapes[s].k, d = (size_t)shapes[s].d, n = (size_t)shapes[s].n, stride = n + 5;
+        float *c = normals(&r, k * d), *y = normals(&r, d * stride), *half = make(k, sizeof *half), *value = make(n, sizeof *value);
+        int32_t *index = make(n, sizeof *index);
+        for (size_t j = 0; j < k; j++) {
+            half[j] = 0;
+            for (size_t i = 0; i < d; i++) half[j] += 0.5f * c[j * d + i] * c[j * d + i];
+        }
+        EACH_TABLE(kernels)
+        {
+            kernels->nearest(c, half, shapes[s].k, shapes[s].d, y, (int64_t)stride, shapes[s].n, index, value);
+            for (size_t t = 0; t < n; t++) {
+                double best = INFINITY, mine = 0, norm = 0;
+                for (size_t j = 0; j < k; j++) {
+                    double distance = 0;
+                    for (size_t i = 0; i < d; i++) distance += pow((double)c[j * d + i] - y[i * stride + t], 2);
+                    if (distance < best) best = distance;
+                    if ((int32_t)j == index[t]) mine = distance;
+                }
+                for (size_t i = 0; i < d; i++) norm += pow(y[i * stride + t], 2);
+                assert_true(mine <= best + 1e-4 * (1 + best));
+                assert_true(fabs(norm - 2 * value[t] - best) <= 1e-3 * (1 + best));
+            }
+        }
+        memory_free(c), memory_free(y), memory_free(half), memory_free(value), memory_free(index);
+    }
+}
+
+static void product_multiplies_with_any_strides(void **state)
+{
+    (void)state;
+    const struct {
+        int m, n, k;
+    } shapes[] = {{1, 1, 1}, {3, 64, 64}, {17, 33, 9}, {64, 64, 100}, {7, 15, 8}, {80, 80, 80}};
+    random_state r;
+    random_seed(&r, 8);
+    for (size_t s = 0; s < TEST_COUNT(shapes); s++)
+        for (int variant = 0; variant < 4; variant++) {
+            size_t m = (size_t)shapes[s].m, n = (size_t)shapes[s].n, k = (size_t)shapes[s].k;
+            bool transposed = variant & 1, add = variant & 2;
+            float *a = normals(&r, (m + 2) * (k + 2)), *b = normals(&r, k * (n + 1)), *c = normals(&r, m * (n + 3)),
+                  *got = make(m * (n + 3), sizeof *got);
+            size_t a_row = transposed ? 1 : k + 2, a_column = transposed ? m + 2 : 1;
+            EACH_TABLE(kernels)
+            {
+                memcpy(got, c, m * (n + 3) * sizeof *c);
+                kernels->product(a, (int64_t)a_row, (int64_t)a_column, b, (int64_t)n + 1, got, (int64_t)n + 3, (int64_t)m, (int64_t)n,
+                                 (int64_t)k, add);
+                for (size_t i = 0; i < m; i++)
+                    for (size_t j = 0; j < n + 3; j++) {
+                        double sum = add || j >= n ? c[i * (n + 3) + j] : 0;
+                        for (size_t l = 0; l < k && j < n; l++) sum += (double)a[i * a_row + l * a_column] * b[l * (n + 1) + j];
+                        assert_true(fabs(got[i * (n + 3) + j] - sum) <= 1e-4);
+                    }
+            }
+            memory_free(a), memory_free(b), memory_free(c), memory_free(got);
+        }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(scalar_scan_adds_the_tables_of_each_token),
+        cmocka_unit_test(scan_equals_scalar_exactly),
+        cmocka_unit_test(tables_equal_scalar_and_quantise_to_the_same_bytes),
+        cmocka_unit_test(count_and_collect_find_the_keys_above_and_the_first_ties),
+        cmocka_unit_test(int8_products_equal_scalar),
+        cmocka_unit_test(rows_are_accumulated_as_scalar_does),
+        cmocka_unit_test(nearest_finds_the_nearest_centroid),
+        cmocka_unit_test(product_multiplies_with_any_strides),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
