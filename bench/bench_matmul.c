@@ -2,8 +2,8 @@
  *
  *     cmake --build build --target bench_matmul && build/bench_matmul [threads] [rows]
  *
- * Weights for one row are rotated through 256 MB of copies, so that they come from memory as in a decode step. Prints the fastest and the median of the
- * repetitions. */
+ * Weights for one row are rotated through 256 MB of copies, so that they come from memory as in a decode step. Prints the tenth percentile and the median
+ * of single products' times. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
@@ -11,7 +11,7 @@
 #include "base/base.h"
 #include "math/math.h"
 
-enum { REPEATS = 15, ROTATE_BYTES = 256 << 20, MAX_COPIES = 4096 };
+enum { ROTATE_BYTES = 256 << 20, MAX_COPIES = 4096 };
 
 static double now(void)
 {
@@ -26,24 +26,22 @@ static int compare(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* Times `calls` products, each with the next copy of the weights; seconds of the fastest and of the median repetition. */
-static void time_products(const matmul_kernels *kernels, thread_pool *pool, const weight *w, int n_copies, int calls, activations *a,
-                          float *y, double *fastest, double *median)
+/* Times n single products, each with the next copy of the weights; seconds at the tenth percentile and the median. */
+static void time_products(const matmul_kernels *kernels, thread_pool *pool, const weight *w, int n_copies, int n, activations *a, float *y,
+                          double *low, double *median)
 {
-    double seconds[REPEATS];
-    int next = 0;
-    for (int i = 0; i < REPEATS; i++) {
+    double *seconds = malloc((size_t)n * sizeof *seconds);
+    for (int i = 0; i < n; i++) {
         double start = now();
-        for (int c = 0; c < calls; c++, next = (next + 1) % n_copies) {
-            matmul_job job = {&w[next], NULL, y, false};
-            activations_quantize(a, kernels, pool);
-            matmul_run(kernels, pool, a, &job, 1);
-        }
-        seconds[i] = (now() - start) / calls;
+        matmul_job job = {&w[i % n_copies], NULL, y, false};
+        activations_quantize(a, kernels, pool);
+        matmul_run(kernels, pool, a, &job, 1);
+        seconds[i] = now() - start;
     }
-    qsort(seconds, REPEATS, sizeof seconds[0], compare);
-    *fastest = seconds[0];
-    *median = seconds[REPEATS / 2];
+    qsort(seconds, (size_t)n, sizeof *seconds, compare);
+    *low = seconds[n / 10];
+    *median = seconds[n / 2];
+    free(seconds);
 }
 
 static void bench_shape(const matmul_kernels *kernels, const char *isa, thread_pool *pool, block_type type, int64_t n_out, int64_t n_in,
@@ -64,11 +62,11 @@ static void bench_shape(const matmul_kernels *kernels, const char *isa, thread_p
     double pack = now();
     for (int i = 0; i < n_copies; i++) weight_make(&w[i], kernels, pool, type, n_out, n_in, source, NULL);
     pack = now() - pack;
-    double fastest, median, ops = 2.0 * (double)n_out * (double)n_in * (double)n_rows, work = n_rows > 16 ? ops : (double)n_bytes;
-    int calls = (int)(n_rows > 16 ? 4e9 / ops : 2e8 / (double)n_bytes) + 1;
-    time_products(kernels, pool, w, n_copies, calls, &a, y, &fastest, &median);
+    double low, median, ops = 2.0 * (double)n_out * (double)n_in * (double)n_rows, work = n_rows > 16 ? ops : (double)n_bytes;
+    int calls = (int)(n_rows > 16 ? 3e10 / ops : 1e9 / (double)n_bytes) + 10;
+    time_products(kernels, pool, w, n_copies, calls, &a, y, &low, &median);
     printf("%-10s %-6s %6lld x %-5lld rows %-4lld %8.1f (median %.1f) %s   pack %.2f GB/s\n", isa, info->name, (long long)n_out,
-           (long long)n_in, (long long)n_rows, work / fastest * 1e-9, work / median * 1e-9, n_rows > 16 ? "Gop/s" : "GB/s",
+           (long long)n_in, (long long)n_rows, work / low * 1e-9, work / median * 1e-9, n_rows > 16 ? "Gop/s" : "GB/s",
            (double)n_bytes * n_copies / pack * 1e-9);
     for (int i = 0; i < n_copies; i++) weight_free(&w[i]);
     free(w);

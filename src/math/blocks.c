@@ -5,31 +5,29 @@
 #include "math/matmul_internal.h"
 
 static const struct known_type {
-    uint32_t type;
     block_info info;
     block_traits traits; /* n_bits 0: plain floats */
 } known[] = {
-    {BLOCK_F32, {"F32", 1, 4}, {0}},
-    {BLOCK_F16, {"F16", 1, 2}, {0}},
-    {BLOCK_BF16, {"BF16", 1, 2}, {0}},
-    {BLOCK_Q4_0, {"Q4_0", 32, 18}, {.n_bits = 4, .offset = 8}},
-    {BLOCK_Q4_1, {"Q4_1", 32, 20}, {.n_bits = 4, .has_m = true}},
-    {BLOCK_Q5_0, {"Q5_0", 32, 22}, {.n_bits = 5, .offset = 16}},
-    {BLOCK_Q5_1, {"Q5_1", 32, 24}, {.n_bits = 5, .has_m = true}},
-    {BLOCK_Q8_0, {"Q8_0", 32, 34}, {.n_bits = 8}},
-    {BLOCK_IQ4_NL, {"IQ4_NL", 32, 18}, {.n_bits = 4}},
-    {BLOCK_Q2_K, {"Q2_K", 256, 84}, {.n_bits = 2, .n_scale = 16, .has_m = true, .has_min = true, .fine = true}},
-    {BLOCK_Q3_K, {"Q3_K", 256, 110}, {.n_bits = 3, .offset = 4, .n_scale = 16, .fine = true}},
-    {BLOCK_Q4_K, {"Q4_K", 256, 144}, {.n_bits = 4, .n_scale = 8, .has_m = true, .has_min = true}},
-    {BLOCK_Q5_K, {"Q5_K", 256, 176}, {.n_bits = 5, .n_scale = 8, .has_m = true, .has_min = true}},
-    {BLOCK_Q6_K, {"Q6_K", 256, 210}, {.n_bits = 6, .offset = 32, .n_scale = 16, .fine = true}},
+    /* by type; others have no name */
+    [BLOCK_F32] = {{"F32", 1, 4}, {0}},
+    [BLOCK_F16] = {{"F16", 1, 2}, {0}},
+    [BLOCK_BF16] = {{"BF16", 1, 2}, {0}},
+    [BLOCK_Q4_0] = {{"Q4_0", 32, 18}, {.n_bits = 4, .offset = 8}},
+    [BLOCK_Q4_1] = {{"Q4_1", 32, 20}, {.n_bits = 4, .has_m = true}},
+    [BLOCK_Q5_0] = {{"Q5_0", 32, 22}, {.n_bits = 5, .offset = 16}},
+    [BLOCK_Q5_1] = {{"Q5_1", 32, 24}, {.n_bits = 5, .has_m = true}},
+    [BLOCK_Q8_0] = {{"Q8_0", 32, 34}, {.n_bits = 8}},
+    [BLOCK_IQ4_NL] = {{"IQ4_NL", 32, 18}, {.n_bits = 4}},
+    [BLOCK_Q2_K] = {{"Q2_K", 256, 84}, {.n_bits = 2, .n_scale = 16, .has_m = true, .has_min = true, .fine = true}},
+    [BLOCK_Q3_K] = {{"Q3_K", 256, 110}, {.n_bits = 3, .offset = 4, .n_scale = 16, .fine = true}},
+    [BLOCK_Q4_K] = {{"Q4_K", 256, 144}, {.n_bits = 4, .n_scale = 8, .has_m = true, .has_min = true}},
+    [BLOCK_Q5_K] = {{"Q5_K", 256, 176}, {.n_bits = 5, .n_scale = 8, .has_m = true, .has_min = true}},
+    [BLOCK_Q6_K] = {{"Q6_K", 256, 210}, {.n_bits = 6, .offset = 32, .n_scale = 16, .fine = true}},
 };
 
 static const struct known_type *known_find(uint32_t type)
 {
-    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++)
-        if (known[i].type == type) return &known[i];
-    return NULL;
+    return type < sizeof known / sizeof known[0] && known[type].info.name ? &known[type] : NULL;
 }
 
 const block_info *block_info_get(uint32_t type)

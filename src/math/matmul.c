@@ -34,14 +34,11 @@ static void pack_panel(void *context, int64_t panel, int thread)
     size_t n_bytes = panel_bytes(w);
     uint8_t *out = loop->data + (size_t)panel * n_bytes;
     int64_t n_blocks = w->n_in / layout.n_weights;
-    memset(out, 0, n_bytes); /* rows beyond n_out stay zero weights */
+    if (panel * PANEL_ROWS + PANEL_ROWS > w->n_out) memset(out, 0, n_bytes); /* rows beyond n_out are zero weights */
     for (int row = 0; row < PANEL_ROWS && panel * PANEL_ROWS + row < w->n_out; row++) {
         const uint8_t *source = loop->source + (size_t)((panel * PANEL_ROWS + row) * n_blocks) * info->n_bytes;
-        for (int64_t b = 0; b < n_blocks; b++) {
-            block_parts parts;
-            block_split(w->type, source + (size_t)b * info->n_bytes, &parts);
-            panel_put(w->type, &layout, out + (size_t)b * layout.n_bytes, row, &parts);
-        }
+        for (int64_t b = 0; b < n_blocks; b++)
+            panel_put_block(w->type, &layout, out + (size_t)b * layout.n_bytes, row, source + (size_t)b * info->n_bytes);
     }
 }
 

@@ -76,9 +76,9 @@ static ALWAYS_INLINE __m256i shift_bytes(__m256i x, int left, __m256i mask)
 /* Vector v of a plane of `bits` bits, moved to bit `to` of each byte. */
 static ALWAYS_INLINE __m256i plane_vector(const uint8_t *p, const int bits, const int to, const int v, const int rows)
 {
-    const int per_byte = 8 / bits;
+    const int plane = bits == 4 ? v % 4 : bits * v / 8, from = bits == 4 ? v / 4 * 4 : bits * v % 8;
     const __m256i mask = _mm256_set1_epi8((char)(((1 << bits) - 1) << to));
-    return shift_bytes(load_bytes(p + 64 * (v / per_byte) + 32 * rows), to - bits * (v % per_byte), mask);
+    return shift_bytes(load_bytes(p + 64 * plane + 32 * rows), to - from, mask);
 }
 
 static ALWAYS_INLINE __m256i unpack_vector(const block_type type, const uint8_t *p, const int v, const int rows)

@@ -65,8 +65,8 @@ static ALWAYS_INLINE void unpack_nibbles(const uint8_t *p, __m512i q[8])
     const __m512i mask = _mm512_set1_epi8(15);
     for (int i = 0; i < 4; i++) {
         __m512i x = load_bytes(p + 64 * i);
-        q[2 * i] = _mm512_and_si512(x, mask);
-        q[2 * i + 1] = _mm512_and_si512(_mm512_srli_epi16(x, 4), mask);
+        q[i] = _mm512_and_si512(x, mask);
+        q[i + 4] = _mm512_and_si512(_mm512_srli_epi16(x, 4), mask);
     }
 }
 

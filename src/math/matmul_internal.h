@@ -38,8 +38,9 @@ void block_parts_values(block_type type, const block_parts *parts, float *out);
  *     [d f16[16]] [m f16[16]] [scales u8[n_scale][16]] [mins u8[n_scale][16]]      the fields the type has (Q2_K: one byte holds scale | min << 4)
  *     per 32 inputs: [low plane][high plane]
  *
- * A plane of b bits is 64 b bytes. Vector v of a sub-block (v < 8) holds inputs 4v … 4v+3 of the 16 rows, byte 4 row + i for input 4v + i; it sits in
- * the 64 bytes number v / (8/b) of the plane, at bit b * (v % (8/b)) of each byte. A quant of 5, 6 or 3 bits is a low plane of 4, 4 or 2 bits and a high plane
+ * A plane of b bits is 64 b bytes. Vector v of a sub-block (v < 8) holds inputs 4v … 4v+3 of the 16 rows, byte 4 row + i for input 4v + i. Four bits: vectors v
+ * and v + 4 share 64 bytes (low and high nibbles, as in the source blocks); one and two bits: 8/b consecutive vectors do, vector v at bit b * (v % (8/b)). A
+ * quant of 5, 6 or 3 bits is a low plane of 4, 4 or 2 bits and a high plane
  * of the rest. So one 64-byte load and a shift give the same four inputs of 16 rows, and the size is the source's (Q4_K, Q5_K, Q3_K: up to 3.6 % more,
  * their 6-bit scales are kept in bytes). */
 enum { PANEL_ROWS = 16, SUB_BLOCK = 32 };
@@ -53,8 +54,8 @@ typedef struct panel_layout {
 } panel_layout;
 
 void panel_layout_get(block_type type, panel_layout *layout);
-/* Writes row `row` of a zeroed panel block, and reads it back. */
-void panel_put(block_type type, const panel_layout *layout, uint8_t *block, int row, const block_parts *parts);
+/* Writes row `row` of a panel block, and reads it back. */
+void panel_put_block(block_type type, const panel_layout *layout, uint8_t *block, int row, const uint8_t *source);
 void panel_get(block_type type, const panel_layout *layout, const uint8_t *block, int row, block_parts *parts);
 
 /* 32 inputs of a panel as integers and f32 scales. */

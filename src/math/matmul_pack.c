@@ -26,14 +26,29 @@ void panel_layout_get(block_type type, panel_layout *layout)
 static int plane_place(int bits, int row, int k, int *shift)
 {
     int per_byte = 8 / bits, vector = k / 4;
-    *shift = bits * (vector % per_byte);
-    return 64 * (vector / per_byte) + 4 * row + k % 4;
+    *shift = bits * (bits == 4 ? vector / 4 : vector % per_byte);
+    return 64 * (bits == 4 ? vector % 4 : vector / per_byte) + 4 * row + k % 4;
 }
 
-static void plane_put(uint8_t *plane, int bits, int row, int k, int value)
+/* The bits [from, from + bits) of 32 quants, four at a time. */
+static void plane_put(uint8_t *plane, int bits, int from, int row, const uint8_t *q)
 {
-    int shift, byte = plane_place(bits, row, k, &shift);
-    plane[byte] = (uint8_t)(plane[byte] | (value & ((1 << bits) - 1)) << shift);
+    const uint32_t mask = 0x01010101u * ((1u << bits) - 1);
+    uint32_t words[8] = {0};
+    for (int v = 0; v < 8; v++) {
+        uint32_t four;
+        memcpy(&four, q + 4 * v, sizeof four);
+        four = four >> from & mask;
+        if (bits == 8)
+            words[v] = four;
+        else if (bits == 4)
+            words[v % 4] |= four << 4 * (v / 4);
+        else if (bits == 2)
+            words[v / 4] |= four << 2 * (v % 4);
+        else
+            words[0] |= four << v;
+    }
+    for (int i = 0; i < bits; i++) memcpy(plane + 64 * i + 4 * row, &words[i], sizeof words[i]);
 }
 
 static int plane_get(const uint8_t *plane, int bits, int row, int k)
@@ -42,7 +57,7 @@ static int plane_get(const uint8_t *plane, int bits, int row, int k)
     return plane[byte] >> shift & ((1 << bits) - 1);
 }
 
-void panel_put(block_type type, const panel_layout *layout, uint8_t *block, int row, const block_parts *parts)
+static void panel_put(block_type type, const panel_layout *layout, uint8_t *block, int row, const block_parts *parts)
 {
     const block_traits *t = block_traits_get(type);
     memcpy(block + 2 * row, &parts->d, 2);
@@ -52,12 +67,25 @@ void panel_put(block_type type, const panel_layout *layout, uint8_t *block, int 
         block[layout->scale + PANEL_ROWS * i + row] = (uint8_t)(parts->scale[i] | packed_min);
         if (t->has_min && !t->fine) block[layout->min + PANEL_ROWS * i + row] = parts->min[i];
     }
-    for (int i = 0; i < layout->n_weights; i++) {
-        uint8_t *plane = block + layout->planes + i / SUB_BLOCK * layout->sub_bytes;
-        plane_put(plane, layout->low_bits, row, i % SUB_BLOCK, parts->q[i]);
-        if (layout->high_bits)
-            plane_put(plane + 64 * layout->low_bits, layout->high_bits, row, i % SUB_BLOCK, parts->q[i] >> layout->low_bits);
+    uint8_t *plane = block + layout->planes;
+    for (int i = 0; i < layout->n_weights; i += SUB_BLOCK, plane += layout->sub_bytes) {
+        plane_put(plane, layout->low_bits, 0, row, parts->q + i);
+        if (layout->high_bits) plane_put(plane + 64 * layout->low_bits, layout->high_bits, layout->low_bits, row, parts->q + i);
     }
+}
+
+void panel_put_block(block_type type, const panel_layout *layout, uint8_t *block, int row, const uint8_t *source)
+{
+    if (type == BLOCK_Q4_0 || type == BLOCK_Q4_1 || type == BLOCK_IQ4_NL) { /* the planes hold the source's bytes */
+        memcpy(block + 2 * row, source, 2);
+        if (type == BLOCK_Q4_1) memcpy(block + layout->m + 2 * row, source + 2, 2);
+        source += layout->planes / PANEL_ROWS;
+        for (int i = 0; i < 4; i++) memcpy(block + layout->planes + 64 * i + 4 * row, source + 4 * i, 4);
+        return;
+    }
+    block_parts parts;
+    block_split(type, source, &parts);
+    panel_put(type, layout, block, row, &parts);
 }
 
 static void scales_get(const block_traits *t, const panel_layout *layout, const uint8_t *block, int row, block_parts *parts)
