@@ -11,13 +11,12 @@
 #define TYPES "tokenizer.ggml.token_type"
 #define MERGES "tokenizer.ggml.merges"
 
-/* Tokens of which a file says nothing but whose text says that an answer ends there, whatever their type. "</s>" and "<eos>" are ordinary text in some vocabularies: they count if
- * the file says that they are control tokens. */
+/* Tokens whose text says that an answer ends there, whatever their type. Those of the second list are ordinary text in some vocabularies: they count unless the file says so. */
 static const char *const end_texts[] = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>",        "<end_of_turn>",      "<|endoftext|>",
     "<|eom_id|>", "<EOT>",      "_<EOT>",  "[EOT]",      "<|end_of_text|>", "<end_of_utterance>", "<\uFF5Cend\u2581of\u2581sentence\uFF5C>",
 };
-static const char *const control_end_texts[] = {"</s>", "<eos>", "[EOS]"};
+static const char *const typed_end_texts[] = {"</s>", "<eos>", "[EOS]"};
 
 /* ---- bytes ---- */
 
@@ -31,21 +30,21 @@ static int alphabet_byte(uint32_t cp)
     return cp == 0x143 ? 0xAD : -1;
 }
 
-/* Decodes a byte-level piece into out[n]; a piece with a character outside the alphabet stands for its own bytes. */
-static size_t decode_alphabet(const char *text, size_t n, char *out)
+/* Decodes a byte-level piece into out[n] and returns its length; one with a character outside the alphabet stays as it is, and *literal is set. */
+static size_t decode_alphabet(const char *text, size_t n, char *out, bool *literal)
 {
     size_t n_out = 0;
-    for (size_t i = 0; i < n;) {
+    *literal = false;
+    for (size_t i = 0; i < n && !*literal;) {
         uint32_t cp;
         i += utf8_decode(text + i, n - i, &cp);
         int byte = cp == UTF8_INVALID ? -1 : alphabet_byte(cp);
-        if (byte < 0) {
-            memcpy(out, text, n);
-            return n;
-        }
         out[n_out++] = (char)byte;
+        *literal = byte < 0;
     }
-    return n_out;
+    if (!*literal) return n_out;
+    memcpy(out, text, n);
+    return n;
 }
 
 static size_t decode_spaces(const char *text, size_t n, char *out)
@@ -109,7 +108,7 @@ static size_t slot_count(size_t n)
 
 static bool text_can_become(const vocab *v, int64_t id)
 {
-    return v->type[id] != PIECE_CONTROL && v->type[id] != PIECE_UNKNOWN && v->type[id] != PIECE_BYTE;
+    return v->type[id] == PIECE_NORMAL || v->type[id] == PIECE_USER || v->type[id] == PIECE_UNUSED;
 }
 
 int32_t vocab_find(const vocab *v, const char *bytes, size_t n, bool control)
@@ -161,8 +160,10 @@ static bool parse_merge(const vocab *v, const char *text, size_t n, int64_t rank
     const char *space = n > 1 ? memchr(text + 1, ' ', n - 1) : NULL;
     if (!space) return false;
     size_t n_left = (size_t)(space - text);
-    size_t n_first = decode_alphabet(text, n_left, buffer);
-    size_t n_second = decode_alphabet(space + 1, n - n_left - 1, buffer + n_first);
+    bool literal[2];
+    size_t n_first = decode_alphabet(text, n_left, buffer, &literal[0]);
+    size_t n_second = decode_alphabet(space + 1, n - n_left - 1, buffer + n_first, &literal[1]);
+    if (literal[0] || literal[1]) return false;
     m->left = vocab_find(v, buffer, n_first, false);
     m->right = vocab_find(v, buffer + n_first, n_second, false);
     m->id = vocab_find(v, buffer, n_first + n_second, false);
@@ -308,8 +309,12 @@ static void piece_read(vocab *v, int64_t id, const char *text, size_t n, bool se
     } else if (v->type[id] == PIECE_CONTROL || v->type[id] == PIECE_USER || v->type[id] == PIECE_UNKNOWN) {
         memcpy(out, text, n);
         *end += n;
+    } else if (sentencepiece) {
+        *end += decode_spaces(text, n, out);
     } else {
-        *end += sentencepiece ? decode_spaces(text, n, out) : decode_alphabet(text, n, out);
+        bool literal;
+        *end += decode_alphabet(text, n, out, &literal);
+        if (literal) v->type[id] = PIECE_LITERAL;
     }
 }
 
@@ -320,16 +325,12 @@ static bool equals_any(const char *bytes, size_t n, const char *const *texts, si
     return false;
 }
 
-/* Some files type the tokens that end a turn as ordinary text: they are control tokens all the same. */
 static void piece_type_read(vocab *v, int64_t id, int64_t type, const char *text, size_t n)
 {
     v->type[id] = type >= PIECE_NORMAL && type <= PIECE_BYTE ? (uint8_t)type : PIECE_NORMAL;
-    if (equals_any(text, n, end_texts, sizeof end_texts / sizeof *end_texts)) {
-        v->type[id] = PIECE_CONTROL;
-        v->ends[id] = true;
-    } else if (v->type[id] == PIECE_CONTROL) {
-        v->ends[id] = equals_any(text, n, control_end_texts, sizeof control_end_texts / sizeof *control_end_texts);
-    }
+    v->ends[id] = equals_any(text, n, end_texts, sizeof end_texts / sizeof *end_texts) ||
+                  (v->type[id] != PIECE_NORMAL && equals_any(text, n, typed_end_texts, sizeof typed_end_texts / sizeof *typed_end_texts));
+    if (v->ends[id]) v->type[id] = PIECE_CONTROL;
 }
 
 static quarry_code read_pieces(vocab *v, const gguf_file *g, bool sentencepiece, quarry_error *error)

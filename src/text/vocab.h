@@ -5,14 +5,15 @@
 #include "base/base.h"
 #include "gguf/gguf.h"
 
-/* tokenizer.ggml.token_type */
+/* tokenizer.ggml.token_type, and one of our own: text outside the byte alphabet, which no merging reaches. */
 typedef enum piece_type {
     PIECE_NORMAL = 1,
     PIECE_UNKNOWN = 2,
     PIECE_CONTROL = 3,
     PIECE_USER = 4,
     PIECE_UNUSED = 5,
-    PIECE_BYTE = 6
+    PIECE_BYTE = 6,
+    PIECE_LITERAL = 7
 } piece_type;
 
 typedef struct special {
