@@ -4,8 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 build=build-check/fuzz
-CC=clang cmake -S . -B $build -DQUARRY_FUZZ=ON -DQUARRY_WERROR=ON -DCMAKE_RULE_MESSAGES=OFF >/dev/null
-cmake --build $build --parallel "$(nproc)" -- --no-print-directory
+CC=clang cmake -S . -B $build -DQUARRY_FUZZ=ON -DQUARRY_WERROR=ON >/dev/null
+cmake --build $build --parallel "$(nproc)" >$build/build.log 2>&1 || { tail -n 60 $build/build.log; exit 1; }
 for target in fuzz/*.c; do
     [ -e "$target" ] || { echo "no fuzz targets"; break; }
     name=$(basename "$target" .c)
