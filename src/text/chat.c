@@ -1,3 +1,4 @@
+#include <stdio.h>
 #include <string.h>
 
 #include "text/tokenizer.h"
@@ -18,12 +19,12 @@ typedef enum system_place {
 
 struct chat_template {
     const char *name;
-    const char *bos, *eos;          /* as text, for chat_render; bos NULL: the template writes none */
+    const char *bos, *eos;          /* as text, for chat_render; bos NULL: unknown, or the family writes none */
     const char *open[3], *close[3]; /* by role */
     const char *generation;         /* opens the assistant's turn to be generated */
     system_place place;
-    bool bos_in_turns; /* the user's turns open with BOS themselves */
-    bool trim;         /* white space around a message is dropped */
+    bool bos_in_turns; /* the user's turns open with BOS themselves, unless the template's text does otherwise */
+    bool trim;         /* white space around a message is dropped, unless the template's text does otherwise */
     bool system_empty; /* a conversation begins with a system turn even if it has none to say */
 };
 
@@ -83,6 +84,12 @@ static const chat_template families[] = {
     {.name = "mistral-v7",
      .bos = "<s>",
      .eos = "</s>",
+     .open = {"[SYSTEM_PROMPT] ", "[INST] ", " "},
+     .close = {"[/SYSTEM_PROMPT]", "[/INST]", EOS},
+     .generation = ""},
+    {.name = "mistral-v7-tekken",
+     .bos = "<s>",
+     .eos = "</s>",
      .open = {"[SYSTEM_PROMPT]", "[INST]", ""},
      .close = {"[/SYSTEM_PROMPT]", "[/INST]", EOS},
      .generation = ""},
@@ -102,6 +109,7 @@ static const chat_template families[] = {
      .place = SYSTEM_IN_FIRST_USER,
      .trim = true},
     {.name = "phi-3",
+     .bos = "<s>",
      .eos = "<|endoftext|>",
      .open = {"<|system|>\n", "<|user|>\n", "<|assistant|>\n"},
      .close = {"<|end|>\n", "<|end|>\n", "<|end|>\n"},
@@ -116,6 +124,18 @@ static const chat_template families[] = {
      .open = {"<|system|>\n", "<|user|>\n", "<|assistant|>\n"},
      .close = {EOS "\n", EOS "\n", EOS "\n"},
      .generation = "<|assistant|>\n"},
+    {.name = "deepseek",
+     .bos = "<\uFF5Cbegin\u2581of\u2581sentence\uFF5C>",
+     .eos = "<\uFF5Cend\u2581of\u2581sentence\uFF5C>",
+     .open = {"", "<\uFF5CUser\uFF5C>", "<\uFF5CAssistant\uFF5C>"},
+     .close = {"", "", EOS},
+     .generation = "<\uFF5CAssistant\uFF5C>"},
+    {.name = "deepseek-r1",
+     .bos = "<\uFF5Cbegin\u2581of\u2581sentence\uFF5C>",
+     .eos = "<\uFF5Cend\u2581of\u2581sentence\uFF5C>",
+     .open = {"", "<\uFF5CUser\uFF5C>", "<\uFF5CAssistant\uFF5C>"},
+     .close = {"", "", EOS},
+     .generation = "<\uFF5CAssistant\uFF5C><think>\n"},
 };
 
 enum { N_FAMILIES = sizeof families / sizeof *families };
@@ -131,7 +151,7 @@ static const chat_template *family(const char *name)
 
 static const char *recognise_inst(const char *text)
 {
-    if (strstr(text, "[SYSTEM_PROMPT]")) return "mistral-v7";
+    if (strstr(text, "[SYSTEM_PROMPT]")) return strstr(text, "[SYSTEM_PROMPT] ") ? "mistral-v7" : "mistral-v7-tekken";
     if (strstr(text, "' [INST] ' + system_message") || strstr(text, "[AVAILABLE_TOOLS]"))
         return strstr(text, " [INST]") ? "mistral-v1" : strstr(text, "\"[INST]\"") ? "mistral-v3-tekken" : "mistral-v3";
     return strstr(text, "<<SYS>>") ? "llama-2" : "mistral";
@@ -143,10 +163,12 @@ static const char *recognise(const char *text)
     if (strstr(text, "[INST]")) return recognise_inst(text);
     if (strstr(text, "<|start_header_id|>")) return strstr(text, "Cutting Knowledge Date: December 2023") ? "llama-3.1" : "llama-3";
     if (strstr(text, "<start_of_turn>")) return "gemma";
+    if (strstr(text, "<|assistant|>") && strstr(text, "<|end|>")) return "phi-3";
     if (strstr(text, "<|assistant|>") && strstr(text, "<|user|>")) {
-        if (strstr(text, "<|end|>")) return "phi-3";
         if (strstr(text, "eos_token") || strstr(text, "</s>")) return "zephyr";
     }
+    if (strstr(text, "<\uFF5CUser\uFF5C>") && strstr(text, "<\uFF5CAssistant\uFF5C>"))
+        return strstr(text, "<\uFF5CAssistant\uFF5C><think>\\n'}}") ? "deepseek-r1" : "deepseek";
     return NULL;
 }
 
@@ -155,11 +177,10 @@ const chat_template *chat_template_find(const char *template_text, const char *n
     const char *found = name ? name : template_text ? recognise(template_text) : NULL;
     const chat_template *c = found ? family(found) : NULL;
     if (c) return c;
-    char names[256] = "";
-    for (int i = 0; i < N_FAMILIES; i++) {
-        if (i > 0) strcat(names, ", ");
-        strcat(names, families[i].name);
-    }
+    char names[400] = "";
+    size_t n = 0;
+    for (int i = 0; i < N_FAMILIES && n < sizeof names; i++)
+        n += (size_t)snprintf(names + n, sizeof names - n, "%s%s", i > 0 ? ", " : "", families[i].name);
     if (name)
         error_set(error, QUARRY_ERROR_UNSUPPORTED, "unknown chat template \"%.60s\"; known families: %s", name, names);
     else
@@ -237,7 +258,7 @@ typedef struct writer {
     token_list *list;
     char *text, *scratch;
     size_t n, capacity, scratch_capacity;
-    bool space, at_start;
+    bool space, at_start, trim, bos_in_turns, drop_thinking, strip_after_thinking;
     quarry_error *error;
     quarry_code code;
 } writer;
@@ -280,12 +301,18 @@ static void put_token(writer *w, int32_t id, const char *text)
 {
     if (w->code != QUARRY_OK) return;
     if (!w->tokenizer || id < 0) {
-        put(w, text, strlen(text), true);
+        if (text) put(w, text, strlen(text), true);
         return;
     }
     put_space(w);
     w->code = token_list_push(w->list, id, w->error);
     w->at_start = true;
+}
+
+/* A tokenizer without BOS writes none. */
+static void put_bos(writer *w)
+{
+    put_token(w, w->tokenizer ? tokenizer_bos(w->tokenizer) : -1, w->tokenizer ? NULL : w->family->bos);
 }
 
 static void put_markup(writer *w, const char *markup)
@@ -294,7 +321,7 @@ static void put_markup(writer *w, const char *markup)
         size_t n = strcspn(markup, BOS EOS DATE);
         put(w, markup, n, true);
         markup += n;
-        if (*markup == *BOS) put_token(w, w->tokenizer ? tokenizer_bos(w->tokenizer) : -1, w->family->bos);
+        if (*markup == *BOS && w->bos_in_turns) put_bos(w);
         if (*markup == *EOS) put_token(w, w->tokenizer ? tokenizer_eos(w->tokenizer) : -1, w->family->eos);
         if (*markup == *DATE) {
             const char *date = stated_date(w->template_text, &n);
@@ -332,21 +359,41 @@ static chat_part trim_right(chat_part p)
     return p;
 }
 
-/* The message's text; *split, if not NULL, receives the list's length before the last part. */
-static void put_content(writer *w, const chat_message *m, bool left, bool right, int64_t *split)
+/* Reasoning models leave the thoughts of earlier answers out: what follows the last "</think>" is the text of the returned part from *offset on. */
+static int skip_thinking(const chat_message *m, bool strip, size_t *offset)
 {
-    int first = 0, last = m->n_parts - 1;
-    while (left && first < last && trim_left(m->parts[first]).n_bytes == 0) first++;
+    static const char end[] = "</think>";
+    for (int k = m->n_parts - 1; k >= 0; k--) {
+        const char *text = m->parts[k].text;
+        for (size_t i = m->parts[k].n_bytes; i >= strlen(end); i--) {
+            if (memcmp(text + i - strlen(end), end, strlen(end)) != 0) continue;
+            while (strip && i < m->parts[k].n_bytes && text[i] == '\n') i++;
+            *offset = i;
+            return k;
+        }
+    }
+    *offset = 0;
+    return 0;
+}
+
+/* The message's text; *split, if not NULL, receives the list's length before the last part. */
+static void put_content(writer *w, const chat_message *m, bool left, bool right, bool drop_thinking, int64_t *split)
+{
+    size_t offset = 0;
+    int first = drop_thinking ? skip_thinking(m, w->strip_after_thinking, &offset) : 0, last = m->n_parts - 1;
+    if (split) *split = w->list->n;
+    while (left && first < last && offset == 0 && trim_left(m->parts[first]).n_bytes == 0) first++;
     int end = last;
     while (right && end > first && trim_right(m->parts[end]).n_bytes == 0) end--;
     for (int k = first; k <= end; k++) {
         chat_part p = m->parts[k];
+        if (k == first) p = (chat_part){p.text + offset, p.n_bytes - offset};
         if (left && k == first) p = trim_left(p);
         if (right && k == end) p = trim_right(p);
         if (k == last && split) *split = w->list->n;
         put(w, p.text, p.n_bytes, false);
     }
-    if (end < last && split && w->list) *split = w->list->n;
+    if (end < last && split) *split = w->list->n;
 }
 
 /* ---- conversations ---- */
@@ -381,10 +428,10 @@ static void put_message(writer *w, const chat_message *messages, int n_messages,
     put_markup(w, c->open[role]);
     if (system >= 0) {
         put_markup(w, c->open[ROLE_SYSTEM]);
-        put_content(w, &messages[system], false, false, NULL);
+        put_content(w, &messages[system], false, false, false, NULL);
         put_markup(w, c->close[ROLE_SYSTEM]);
     }
-    put_content(w, &messages[i], c->trim, c->trim, i == n_messages - 1 ? split : NULL);
+    put_content(w, &messages[i], w->trim, w->trim, w->drop_thinking && role == ROLE_ASSISTANT, i == n_messages - 1 ? split : NULL);
     put_markup(w, c->close[role]);
 }
 
@@ -392,8 +439,8 @@ static void put_message(writer *w, const chat_message *messages, int n_messages,
 static void put_beginning(writer *w, bool has_system)
 {
     const chat_template *c = w->family;
-    bool adds_bos = w->tokenizer && w->tokenizer->add_bos;
-    if (!c->bos_in_turns && (c->bos || adds_bos)) put_token(w, w->tokenizer ? tokenizer_bos(w->tokenizer) : -1, c->bos ? c->bos : "");
+    bool writes_bos = w->template_text ? strstr(w->template_text, "bos_token") != NULL : c->bos != NULL;
+    if (!w->bos_in_turns && (writes_bos || (w->tokenizer && w->tokenizer->add_bos))) put_bos(w);
     if (has_system) return;
     size_t n = 0;
     const char *text = strcmp(c->name, "chatml") == 0 && w->template_text ? default_system(w->template_text, &n) : NULL;
@@ -415,6 +462,11 @@ static quarry_code write_chat(writer *w, const chat_message *messages, int n_mes
 {
     chat_role role = ROLE_USER;
     bool has_system = false;
+    const char *text = w->template_text;
+    w->trim = w->family->trim && (!text || strstr(text, "strip()") || strstr(text, "trim"));
+    w->bos_in_turns = w->family->bos_in_turns && (!text || strstr(text, "bos_token + '[INST]"));
+    w->drop_thinking = text && strstr(text, "split('</think>')");
+    w->strip_after_thinking = text && strstr(text, "split('</think>')[-1].lstrip(");
     for (int i = 0; i < n_messages; i++) {
         if (!role_parse(messages[i].role, &role))
             return error_set(w->error, QUARRY_ERROR_ARGUMENT, "unknown role \"%.40s\"; a message is from system, user or assistant",
