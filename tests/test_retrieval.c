@@ -59,8 +59,8 @@ static void scalar_scan_adds_the_tables_of_each_token(void **state)
     random_state r;
     random_seed(&r, 1);
     uint8_t *codes = bytes(&r, BLOCKS * SUB * 16), *lut = bytes(&r, 2 * SUB * 16);
-    uint16_t offset[2] = {100, 65000}, out[BLOCKS * 32];
-    retrieval_scalar.scan(codes, SUB, BLOCKS, lut, 2, offset, out);
+    uint16_t offset[2] = {100, 65000}, out[2 * BLOCKS * 32];
+    retrieval_scalar.scan(codes, SUB, BLOCKS, lut, 2, offset, out, BLOCKS * 32);
     for (int t = 0; t < BLOCKS * 32; t++) {
         const uint8_t *block = codes + t / 32 * SUB * 16;
         int sum[2] = {100, 65000};
@@ -68,8 +68,7 @@ static void scalar_scan_adds_the_tables_of_each_token(void **state)
             int byte = block[s * 16 + t % 16], code = t % 32 < 16 ? byte % 16 : byte / 16;
             for (int h = 0; h < 2; h++) sum[h] += lut[(h * SUB + s) * 16 + code];
         }
-        int want = sum[0] > sum[1] ? sum[0] : sum[1];
-        assert_int_equal(out[t], want > 65535 ? 65535 : want);
+        for (int h = 0; h < 2; h++) assert_int_equal(out[h * BLOCKS * 32 + t], sum[h] > 65535 ? 65535 : sum[h]);
     }
     memory_free(codes);
     memory_free(lut);
@@ -79,7 +78,7 @@ static void scan_equals_scalar_exactly(void **state)
 {
     (void)state;
     const int subs[] = {1, 2, 3, 7, 16, 18, 20, 24, 32, 64, 255, 256};
-    enum { BLOCKS = 5, HEADS = 9 };
+    enum { BLOCKS = 5, HEADS = 9, STRIDE = BLOCKS * 32 + 7 };
     random_state r;
     random_seed(&r, 2);
     EACH_TABLE(k)
@@ -89,10 +88,10 @@ static void scan_equals_scalar_exactly(void **state)
                 size_t n = (size_t)subs[i] * 16;
                 uint8_t *codes = bytes(&r, BLOCKS * n), *lut = bytes(&r, (size_t)g * n);
                 if (g == 2) memset(lut, 255, (size_t)g * n); /* the largest sums */
-                uint16_t offset[HEADS], want[BLOCKS * 32], got[BLOCKS * 32];
+                uint16_t offset[HEADS], want[HEADS * STRIDE] = {0}, got[HEADS * STRIDE] = {0};
                 for (int h = 0; h < g; h++) offset[h] = (uint16_t)(g == 3 ? 65500 + h : (int)random_below(&r, 40000));
-                retrieval_scalar.scan(codes, subs[i], BLOCKS, lut, g, offset, want);
-                k->scan(codes, subs[i], BLOCKS, lut, g, offset, got);
+                retrieval_scalar.scan(codes, subs[i], BLOCKS, lut, g, offset, want, STRIDE);
+                k->scan(codes, subs[i], BLOCKS, lut, g, offset, got, STRIDE);
                 assert_memory_equal(got, want, sizeof want);
                 memory_free(codes);
                 memory_free(lut);
@@ -132,6 +131,72 @@ static void tables_equal_scalar_and_quantise_to_the_same_bytes(void **state)
         memory_free(q);
         memory_free(centroids);
     }
+}
+
+/* Reference: exp in double precision, within the stated bound. */
+static void sums_of_exponentials_are_within_their_bound(void **state)
+{
+    (void)state;
+    enum { N = 320 };
+    random_state r;
+    random_seed(&r, 11);
+    uint16_t keys[N];
+    const float steps[] = {1e-4f, 0.02f, 0.3f, 5};
+    for (size_t i = 0; i < TEST_COUNT(steps); i++)
+        for (int low = 1; low <= 65001; low += 13000) {
+            double want = 0;
+            int most = 0;
+            for (int t = 0; t < N; t++) {
+                keys[t] = t % 9 == 0 ? 0 : (uint16_t)(low + (int)random_below(&r, 500));
+                most = keys[t] > most ? keys[t] : most;
+            }
+            for (int t = 0; t < N; t++) want += keys[t] ? exp(steps[i] * (double)(keys[t] - most)) : 0;
+            EACH_TABLE(k)
+            {
+                uint16_t top;
+                double got = k->exp_sum(keys, N, steps[i], &top);
+                assert_int_equal(top, most);
+                assert_true(got >= want * 0.999 && got <= want * 1.0625);
+            }
+        }
+    memset(keys, 0, sizeof keys);
+    EACH_TABLE(k)
+    {
+        uint16_t top;
+        assert_true(k->exp_sum(keys, N, 0.1f, &top) == 0);
+        assert_int_equal(top, 0);
+    }
+}
+
+static void merge_equals_scalar_exactly(void **state)
+{
+    (void)state;
+    enum { N = 96, STRIDE = 100, HEADS = 5 };
+    random_state r;
+    random_seed(&r, 12);
+    uint16_t keys[HEADS * STRIDE], up[HEADS], down[HEADS], want[N], got[N];
+    for (int round = 0; round < 20; round++)
+        for (int g = 1; g <= HEADS; g++) {
+            for (int i = 0; i < HEADS * STRIDE; i++) keys[i] = (uint16_t)random_u64(&r);
+            for (int h = 0; h < HEADS; h++) {
+                up[h] = (uint16_t)random_below(&r, 40000);
+                down[h] = (uint16_t)random_below(&r, 40000);
+            }
+            for (int t = 0; t < N; t++) {
+                int best = 0;
+                for (int h = 0; h < g; h++) {
+                    int x = keys[h * STRIDE + t] + up[h];
+                    x = (x > 65535 ? 65535 : x) - down[h];
+                    best = x > best ? x : best;
+                }
+                want[t] = (uint16_t)best;
+            }
+            EACH_TABLE(k)
+            {
+                k->merge(keys, STRIDE, g, up, down, N, got);
+                assert_memory_equal(got, want, sizeof want);
+            }
+        }
 }
 
 static void count_and_collect_find_the_keys_above_and_the_first_ties(void **state)
@@ -312,6 +377,8 @@ int main(void)
         cmocka_unit_test(scalar_scan_adds_the_tables_of_each_token),
         cmocka_unit_test(scan_equals_scalar_exactly),
         cmocka_unit_test(tables_equal_scalar_and_quantise_to_the_same_bytes),
+        cmocka_unit_test(sums_of_exponentials_are_within_their_bound),
+        cmocka_unit_test(merge_equals_scalar_exactly),
         cmocka_unit_test(count_and_collect_find_the_keys_above_and_the_first_ties),
         cmocka_unit_test(int8_products_equal_scalar),
         cmocka_unit_test(rows_are_accumulated_as_scalar_does),

@@ -320,7 +320,7 @@ static void packed_codes_scan_to_the_sums_of_their_tables(void **state)
     for (int i = 0; i < SUB * N; i++) codes[i] = (int32_t)random_below(&r, 16);
     for (int i = 0; i < SUB * 16; i++) lut[i] = (uint8_t)random_u64(&r);
     vq_pack(SUB, codes, N, FIRST, packed);
-    retrieval_scalar.scan(packed, SUB, LANES / 32, lut, 1, &offset, out);
+    retrieval_scalar.scan(packed, SUB, LANES / 32, lut, 1, &offset, out, LANES);
     for (int t = 0; t < LANES; t++) {
         int want = 0;
         for (int s = 0; s < SUB; s++) want += lut[s * 16 + (t < FIRST || t >= FIRST + N ? 15 : codes[s * N + t - FIRST])];

@@ -16,14 +16,15 @@
 enum {
     ATTN_SINKS = 8,
     ATTN_WINDOW = 64,
-    ATTN_BLOCK = 32,       /* tokens move from the window to the index in blocks of this size */
-    ATTN_HEAD_MULTIPLE = 8 /* head_dim must be a multiple */
+    ATTN_BLOCK = 32,        /* tokens move from the window to the index in blocks of this size */
+    ATTN_HEAD_MULTIPLE = 8, /* head_dim must be a multiple */
+    ATTN_MAX_GROUP = 64     /* query heads that share a KV head, at most */
 };
 
 typedef struct attn_shape {
     kv_shape kv;
-    int n_head;    /* query heads; group = n_head / n_head_kv */
-    float scale;   /* 1 / sqrt(head_dim) */
+    int n_head;  /* query heads; group = n_head / n_head_kv */
+    float scale; /* 1 / sqrt(head_dim) */
 } attn_shape;
 
 /* ---- policies ---- */
@@ -38,9 +39,9 @@ typedef struct attn_cost {
 
 /* Selection of one (layer, KV head) for one query position; memory belongs to the thread's scratch. */
 typedef struct attn_selection {
-    int32_t *ids;  /* [n] positions of far tokens, ascending */
+    int32_t *ids; /* [n] positions of far tokens, ascending */
     int64_t n;
-    bool all;      /* every far token (ids unused) */
+    bool all; /* every far token (ids unused) */
 } attn_selection;
 
 /* A policy is a table of functions over a state that covers all layers and KV heads of one session. Functions marked (parallel) may be called at the same time for different
@@ -64,11 +65,13 @@ typedef struct attn_policy_type {
     quarry_code (*reserve_seal)(attn_policy *p, quarry_error *error);
     void (*seal)(attn_policy *p, int layer, int head, const kv_seq *kv, arena *scratch);
     void (*commit_seal)(attn_policy *p);
-    /* NULL: every far token, always (`full`). (parallel, const) Far tokens for q[group][d] of a query at pos: one selection for the group. QUARRY_ERROR_MEMORY when scratch cannot grow. */
-    quarry_code (*select)(const attn_policy *p, int layer, int head, const float *q, int64_t pos, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error);
+    /* NULL: every far token, always (`full`). (parallel, const) Far tokens for q[group][d] of a query at pos: one selection for the group. near: what its sinks and local rows have added up to, with which weights can be normalised. QUARRY_ERROR_MEMORY when scratch cannot grow. */
+    quarry_code (*select)(const attn_policy *p, int layer, int head, const float *q, int64_t pos, const attention_state *near,
+                          arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error);
     /* (parallel, const) Adds an estimate of the far tokens not selected to state[group]; called after the selected rows were added. scores[group][n]: their scaled scores; rows[n]. May be NULL: dropped. Uses
      * what select left in the same scratch. */
-    void (*tail)(const attn_policy *p, int layer, int head, const float *q, const attn_selection *sel, const float *scores, const void *const *rows, arena *scratch, attention_state *state, attn_cost *cost);
+    void (*tail)(const attn_policy *p, int layer, int head, const float *q, const attn_selection *sel, const float *scores,
+                 const void *const *rows, arena *scratch, attention_state *state, attn_cost *cost);
     /* Forget positions >= n (n may lie inside a sealed segment: only live tokens are selected and estimated). */
     void (*truncate)(attn_policy *p, int64_t n);
     size_t (*bytes)(const attn_policy *p);
@@ -79,8 +82,8 @@ struct attn_policy {
     const attn_policy_type *type;
     attn_shape shape;
     const math_kernels *kernels;
-    int64_t n_far;       /* end of the far tokens: positions [ATTN_SINKS, n_far) are indexed; starts at ATTN_SINKS */
-    attn_policy *also;   /* further policies of the same session, that observe and index too; the session's, NULL at the end */
+    int64_t n_far;     /* end of the far tokens: positions [ATTN_SINKS, n_far) are indexed; starts at ATTN_SINKS */
+    attn_policy *also; /* further policies of the same session, that observe and index too; the session's, NULL at the end */
 };
 
 /* All policies, NULL-terminated, the default first. */
@@ -122,6 +125,7 @@ typedef struct attn_context {
 
 /* out[n][n_head][d] = attention of q[n][n_head][d] (post-RoPE, unscaled). Consecutive dense rows of one kv with consecutive positions are tiled together. Adds to cost[n] if
  * not NULL. The result does not depend on the number of threads. */
-quarry_code attn_forward(const attn_context *c, const attn_shape *shape, int layer, const attn_row *rows, int64_t n, const float *q, float *out, attn_cost *cost, quarry_error *error);
+quarry_code attn_forward(const attn_context *c, const attn_shape *shape, int layer, const attn_row *rows, int64_t n, const float *q,
+                         float *out, attn_cost *cost, quarry_error *error);
 
 #endif

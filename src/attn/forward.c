@@ -160,22 +160,23 @@ static quarry_code run_search(attn_pass *p, const attn_task *t, arena *scratch, 
     attention_state state;
     const float *raw = query_of(p, t->row, t->head), *q = scaled_query(p, t->row, t->head, scratch, error);
     if (!q || !state_alloc(&state, g, d, scratch, error)) return QUARRY_ERROR_MEMORY;
-    quarry_code code = policy->type->select(policy, p->layer, t->head, raw, row->pos, scratch, &selected, &cost, error);
-    if (code != QUARRY_OK) return code;
     int64_t far_end = policy->n_far < row->pos + 1 ? policy->n_far : row->pos + 1, sinks = far_end < ATTN_SINKS ? far_end : ATTN_SINKS;
+    int64_t n_near = sinks + row->pos + 1 - far_end;
+    const void **near = arena_alloc(scratch, (size_t)n_near, sizeof *near, error);
+    if (!near) return QUARRY_ERROR_MEMORY;
+    list_range(p, row, t->head, far_end, row->pos + 1, near, list_range(p, row, t->head, 0, sinks, near, 0));
+    p->c->kernels->attention->rows(q, g, d, p->shape->kv.type, near, n_near, NULL, &state);
+    quarry_code code = policy->type->select(policy, p->layer, t->head, raw, row->pos, &state, scratch, &selected, &cost, error);
+    if (code != QUARRY_OK) return code;
     if (selected.all) {
-        if ((code = run_range(p, row, t->head, q, 0, row->pos + 1, scratch, &state, error)) != QUARRY_OK) return code;
+        if ((code = run_range(p, row, t->head, q, sinks, far_end, scratch, &state, error)) != QUARRY_OK) return code;
         cost.rows = row->pos + 1;
     } else {
-        int64_t n_near = sinks + row->pos + 1 - far_end;
-        const void **list = arena_alloc(scratch, (size_t)(n_near + selected.n), sizeof *list, error);
+        const void **far = arena_alloc(scratch, (size_t)selected.n, sizeof *far, error);
         float *scores = arena_alloc(scratch, (size_t)(selected.n * g), sizeof *scores, error);
-        if (!list || !scores) return QUARRY_ERROR_MEMORY;
-        const void **far = list + n_near;
-        list_range(p, row, t->head, far_end, row->pos + 1, list, list_range(p, row, t->head, 0, sinks, list, 0));
+        if (!far || !scores) return QUARRY_ERROR_MEMORY;
         for (int64_t i = 0; i < selected.n; i++) far[i] = kv_row(row->kv, p->layer, t->head, selected.ids[i]);
         p->c->kernels->attention->rows(q, g, d, p->shape->kv.type, far, selected.n, scores, &state);
-        p->c->kernels->attention->rows(q, g, d, p->shape->kv.type, list, n_near, NULL, &state);
         if (policy->type->tail) policy->type->tail(policy, p->layer, t->head, raw, &selected, scores, far, scratch, &state, &cost);
         cost.rows = n_near + selected.n;
     }

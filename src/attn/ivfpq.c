@@ -17,7 +17,6 @@ static void ivfpq_destroy(attn_policy *policy)
     memory_free(p->sealed);
     memory_free(p->moments);
     memory_free(p->n_queries);
-    memory_free(p->sinks);
     memory_free(p);
 }
 
@@ -36,8 +35,7 @@ static ivfpq *ivfpq_new(const attn_shape *shape, const math_kernels *kernels, co
     size_t parts = (size_t)p->n_parts, d = (size_t)p->d;
     p->moments = memory_zero(parts * d * d, sizeof *p->moments, "query statistics", error);
     p->n_queries = memory_zero(parts, sizeof *p->n_queries, "query statistics", error);
-    p->sinks = memory_zero(parts * ATTN_SINKS * d, sizeof *p->sinks, "sink keys", error);
-    if (p->moments && p->n_queries && p->sinks) return p;
+    if (p->moments && p->n_queries) return p;
     ivfpq_destroy(&p->base);
     return NULL;
 }
@@ -52,6 +50,11 @@ static attn_policy *ivfpq_create(const attn_shape *shape, const math_kernels *ke
         {"tail", &o.tail, 0, 1},
     };
     if (attn_options_parse("ivfpq", spec, table, (int)(sizeof table / sizeof *table), error) != QUARRY_OK) return NULL;
+    if (shape->n_head / shape->kv.n_head_kv > ATTN_MAX_GROUP) {
+        error_set(error, QUARRY_ERROR_UNSUPPORTED, "policy ivfpq: %d query heads for %d KV heads; at most %d share one", shape->n_head,
+                  shape->kv.n_head_kv, ATTN_MAX_GROUP);
+        return NULL;
+    }
     ivfpq *p = ivfpq_new(shape, kernels, &o, error);
     return p ? &p->base : NULL;
 }
@@ -75,7 +78,6 @@ static attn_policy *ivfpq_fork(const attn_policy *policy, quarry_error *error)
     size_t parts = (size_t)p->n_parts, d = (size_t)p->d;
     memcpy(p->moments, from->moments, parts * d * d * sizeof *p->moments);
     memcpy(p->n_queries, from->n_queries, parts * sizeof *p->n_queries);
-    memcpy(p->sinks, from->sinks, parts * ATTN_SINKS * d * sizeof *p->sinks);
     p->base.n_far = from->base.n_far;
     p->open_first = from->open_first;
     p->n_open = from->n_open;
@@ -126,7 +128,7 @@ static void ivfpq_truncate(attn_policy *policy, int64_t n)
 static size_t ivfpq_bytes(const attn_policy *policy)
 {
     const ivfpq *p = (const ivfpq *)policy;
-    size_t d = (size_t)p->d, n = sizeof *p + (size_t)p->n_parts * (d * (d + ATTN_SINKS) * sizeof(float) + sizeof(int64_t));
+    size_t d = (size_t)p->d, n = sizeof *p + (size_t)p->n_parts * (d * d * sizeof(float) + sizeof(int64_t));
     for (int64_t i = 0; i < p->n_sealed; i++) n += p->sealed[i]->bytes;
     return n + (p->open ? p->open->bytes : 0);
 }

@@ -24,7 +24,7 @@ typedef struct ivfpq_options {
 
 /* Where the fields of a part lie, in bytes from its start. */
 typedef struct ivfpq_layout {
-    size_t status, mean, centroids, forward, query, key_scale, value_scale, count, log_count, keys, values, cluster, codes, total;
+    size_t status, mean, centroids, forward, query, key_scale, value_scale, count, keys, values, cluster, codes, total;
 } ivfpq_layout;
 
 typedef struct ivfpq_segment {
@@ -42,12 +42,12 @@ typedef struct ivfpq_status {
 
 typedef struct ivfpq_part {
     ivfpq_status *status;
-    vq_codebook book;                                   /* not of the open segment */
-    vq_basis basis;                                     /* of segments that own one (ivfpq_basis_owner) */
-    float *key_scale, *value_scale, *count, *log_count; /* [clusters] */
-    int8_t *keys, *values;                              /* [clusters][d] */
-    uint16_t *cluster;                                  /* [tokens] */
-    uint8_t *codes;                                     /* scan blocks */
+    vq_codebook book;                       /* not of the open segment */
+    vq_basis basis;                         /* of segments that own one (ivfpq_basis_owner) */
+    float *key_scale, *value_scale, *count; /* [clusters] */
+    int8_t *keys, *values;                  /* [clusters][d] */
+    uint16_t *cluster;                      /* [tokens] */
+    uint8_t *codes;                         /* scan blocks */
 } ivfpq_part;
 
 typedef struct ivfpq {
@@ -62,7 +62,6 @@ typedef struct ivfpq {
         n_coded;        /* positions [open_first, open_first + n_open), of which the first n_coded have codes and clusters */
     float *moments;     /* [n_parts][d][d] */
     int64_t *n_queries; /* [n_parts] */
-    float *sinks;       /* [n_parts][ATTN_SINKS][d]: their keys; valid once n_far > ATTN_SINKS */
 } ivfpq;
 
 static inline int64_t ivfpq_min64(int64_t a, int64_t b)
@@ -95,8 +94,8 @@ void ivfpq_drop_pending(ivfpq *p);
 
 /* ---- ivfpq_search.c ---- */
 
-quarry_code ivfpq_select(const attn_policy *p, int layer, int head, const float *q, int64_t pos, arena *scratch, attn_selection *out,
-                         attn_cost *cost, quarry_error *error);
+quarry_code ivfpq_select(const attn_policy *p, int layer, int head, const float *q, int64_t pos, const attention_state *near,
+                         arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error);
 void ivfpq_tail(const attn_policy *p, int layer, int head, const float *q, const attn_selection *sel, const float *scores,
                 const void *const *rows, arena *scratch, attention_state *state, attn_cost *cost);
 

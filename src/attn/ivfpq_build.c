@@ -28,7 +28,6 @@ static ivfpq_layout layout_make(const ivfpq *p, int64_t n, int64_t n_clusters, b
     l.key_scale = take(&at, c * f);
     l.value_scale = take(&at, c * f);
     l.count = take(&at, c * f);
-    l.log_count = take(&at, c * f);
     l.keys = take(&at, c * d);
     l.values = take(&at, c * d);
     l.cluster = take(&at, (size_t)n * sizeof(uint16_t));
@@ -78,7 +77,6 @@ ivfpq_part ivfpq_part_of(const ivfpq *p, const ivfpq_segment *s, int part)
         .key_scale = (float *)(m + l->key_scale),
         .value_scale = (float *)(m + l->value_scale),
         .count = (float *)(m + l->count),
-        .log_count = (float *)(m + l->log_count),
         .keys = (int8_t *)(m + l->keys),
         .values = (int8_t *)(m + l->values),
         .cluster = (uint16_t *)(m + l->cluster),
@@ -195,7 +193,6 @@ static int32_t fill_clusters(builder *b, const ivfpq_part *part, int64_t first, 
         size_t slot = (size_t)(at + used), count = (size_t)b->counts[c];
         b->slot[c] = at + used++;
         part->count[slot] = (float)count;
-        part->log_count[slot] = logf((float)count);
         part->key_scale[slot] = vq_quantise_i8(key_sums + (size_t)c * d, d, part->keys + slot * (size_t)d) / (float)count;
         part->value_scale[slot] = vq_quantise_i8(value_sums + (size_t)c * d, d, part->values + slot * (size_t)d) / (float)count;
     }
@@ -291,19 +288,11 @@ quarry_code ivfpq_reserve(attn_policy *policy, int64_t n, quarry_error *error)
     return QUARRY_OK;
 }
 
-static void keep_sinks(ivfpq *p, int layer, int head, const kv_seq *kv)
-{
-    float *sinks = p->sinks + (size_t)(layer * p->base.shape.kv.n_head_kv + head) * ATTN_SINKS * (size_t)p->d;
-    for (int i = 0; i < ATTN_SINKS; i++)
-        kv_read_key(p->base.kernels, kv_row(kv, layer, head, i), &p->base.shape.kv, sinks + (int64_t)i * p->d);
-}
-
 void ivfpq_append(attn_policy *policy, int layer, int head, const kv_seq *kv, int64_t n, arena *scratch)
 {
     ivfpq *p = (ivfpq *)policy;
     ivfpq_status *open = ivfpq_part_of(p, p->open, layer * p->base.shape.kv.n_head_kv + head).status;
     int64_t rest = (p->n_open + n) % p->segment, end = p->n_sealed + p->n_pending, from = p->n_pending || !open->coded ? 0 : p->n_coded;
-    if (p->base.n_far == ATTN_SINKS) keep_sinks(p, layer, head, kv);
     if (end == 0) return; /* no tables yet */
     builder b;
     if (!builder_init(&b, p, kv, layer, head, p->n_pending ? p->segment : rest - from / IVFPQ_RUN * IVFPQ_RUN, scratch)) {

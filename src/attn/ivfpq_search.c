@@ -25,26 +25,30 @@ typedef struct search {
     view *views;
     int64_t n_views, n_tokens, n_forced;
     int64_t n_keys;     /* tokens, each view padded to SCAN_BLOCK */
-    int64_t n_clusters; /* of all views; also the stride of [g][n_clusters] arrays */
+    int64_t n_clusters; /* of all views */
     float *q;           /* [g][d], scaled */
-    float *scores;      /* [g][n_clusters]: q·mean key */
-    float *unread;      /* [g][n_clusters], work */
-    uint16_t *keys;     /* [n_keys] */
+    uint16_t *keys;     /* [n_keys]: what decides; 0 is no token, FORCED one without a code */
+    float step, floor;  /* key k means an estimated log weight of floor + k * step */
 } search;
 
 /* What select leaves for tail, just before the ids. */
 typedef struct found {
     view *views;
     int64_t n_views, n_clusters;
-    float *scores;       /* [g][n_clusters] */
+    float *q;            /* [g][d], scaled */
     float *unread;       /* [g][n_clusters], work */
-    float *count, *left; /* [n_clusters]: tokens of a cluster, and those not selected */
+    float *count, *left; /* [n_clusters]: tokens of a cluster, and those not selected; work */
     float *weights;      /* [g][n], work */
     int32_t *cluster;    /* [n]: of the selected tokens, -1: none (no code) */
     int32_t *touched;    /* [n], work */
 } found;
 
 enum { FOUND_BYTES = (sizeof(found) + 63) / 64 * 64 };
+
+static int64_t padded(int64_t n)
+{
+    return (n + SCAN_BLOCK - 1) / SCAN_BLOCK * SCAN_BLOCK;
+}
 
 static bool views_make(search *s, int part, arena *scratch, quarry_error *error)
 {
@@ -69,7 +73,7 @@ static bool views_make(search *s, int part, arena *scratch, quarry_error *error)
         v->cluster = s->n_clusters;
         s->n_tokens += v->n;
         s->n_forced += v->n - v->n_coded;
-        s->n_keys += (v->n + SCAN_BLOCK - 1) / SCAN_BLOCK * SCAN_BLOCK;
+        s->n_keys += padded(v->n);
         s->n_clusters += v->n_coded ? v->part.status->n_clusters : 0;
     }
     return true;
@@ -80,78 +84,114 @@ static int64_t clusters_of(const view *v)
     return v->n_coded ? v->part.status->n_clusters : 0;
 }
 
-/* Per query head: log of the sum of exp(score) over the sinks and, by their clusters, the far tokens. */
-static void log_masses(search *s, int part, float *mass)
+/* Tables of all views and heads, in scratch. */
+typedef struct tables {
+    float *lut;     /* [n_views][g][n_sub][16] */
+    float *low;     /* [n_views][g][n_sub] */
+    float *base;    /* [n_views][g]: score of a token whose table entries are all the lowest */
+    uint8_t *bytes; /* [g][n_sub][16] */
+    float *rotated; /* [g][d]: queries in the coordinates of a basis */
+} tables;
+
+static bool tables_make(const search *s, tables *t, arena *scratch, quarry_error *error)
 {
-    const float *sinks = s->p->sinks + (size_t)part * ATTN_SINKS * (size_t)s->d;
-    const vector_kernels *vector = s->p->base.kernels->vector;
-    for (const view *v = s->views; v < s->views + s->n_views; v++)
-        s->kernels->dot_i8(s->q, s->g, s->d, v->part.keys, v->part.key_scale, clusters_of(v), s->scores + v->cluster, s->n_clusters);
-    for (int h = 0; h < s->g; h++) {
-        const float *scores = s->scores + h * s->n_clusters;
-        float near[ATTN_SINKS], near_max, far_max = -INFINITY, far_sum = 0;
-        for (int i = 0; i < ATTN_SINKS; i++) near[i] = vector->dot(s->q + h * s->d, sinks + i * s->d, s->d);
-        float near_sum = vector->softmax_exp(near, ATTN_SINKS, &near_max);
-        for (const view *v = s->views; v < s->views + s->n_views; v++)
-            for (int64_t c = 0; c < clusters_of(v); c++) s->unread[v->cluster + c] = scores[v->cluster + c] + v->part.log_count[c];
-        if (s->n_clusters) far_sum = vector->softmax_exp(s->unread, s->n_clusters, &far_max);
-        float max = near_max > far_max ? near_max : far_max;
-        mass[h] = max + logf(near_sum * expf(near_max - max) + far_sum * expf(far_max - max));
-    }
+    size_t n = (size_t)s->n_views * (size_t)s->g, g = (size_t)s->g, sub = (size_t)s->n_sub;
+    t->lut = arena_alloc(scratch, n * sub * SCAN_CODES, sizeof *t->lut, error);
+    t->low = arena_alloc(scratch, n * sub, sizeof *t->low, error);
+    t->base = arena_alloc(scratch, n, sizeof *t->base, error);
+    t->bytes = arena_alloc(scratch, g * sub * SCAN_CODES, 1, error);
+    t->rotated = arena_alloc(scratch, g * (size_t)s->d, sizeof *t->rotated, error);
+    return t->lut && t->low && t->base && t->bytes && t->rotated;
 }
 
-/* Fills the u16 keys of all tokens: the largest over the heads of the estimated log weight, in steps above a common floor. Returns false without memory. */
-static bool score_tokens(search *s, const float *mass, float *step, float *floor, arena *scratch, attn_cost *cost, quarry_error *error)
+/* Fills the tables; returns the step that serves them all. */
+static float tables_fill(const search *s, const tables *t, attn_cost *cost)
 {
-    int g = s->g, d = s->d, cells = s->n_sub * SCAN_CODES;
-    size_t tables = (size_t)s->n_views * (size_t)g;
-    float *lut = arena_alloc(scratch, tables * (size_t)cells, sizeof *lut, error);
-    float *low = arena_alloc(scratch, tables * (size_t)s->n_sub, sizeof *low, error);
-    float *base = arena_alloc(scratch, tables, sizeof *base, error);
-    float *rotated = arena_alloc(scratch, (size_t)g * (size_t)d, sizeof *rotated, error);
-    uint8_t *bytes = arena_alloc(scratch, (size_t)g * (size_t)cells, 1, error);
-    uint16_t *offset = arena_alloc(scratch, (size_t)g, sizeof *offset, error);
-    if (!lut || !low || !base || !rotated || !bytes || !offset) return false;
-    float widest = 0, least = INFINITY, most = -INFINITY;
+    int g = s->g, d = s->d, n_sub = s->n_sub;
+    float widest = 0;
     for (int64_t i = 0; i < s->n_views; i++) {
         const view *v = &s->views[i];
         if (v->new_basis) {
-            s->kernels->product(s->q, d, 1, v->query, d, rotated, d, g, d, d, false);
+            s->kernels->product(s->q, d, 1, v->query, d, t->rotated, d, g, d, d, false);
             cost->index_bytes += (int64_t)d * d * (int64_t)sizeof(float);
         }
         if (!v->n_coded) continue;
-        for (int h = 0; h < g; h++) {
-            int64_t at = i * g + h;
-            float range =
-                s->kernels->lut(rotated + h * d, v->book.centroids, s->n_sub, d / s->n_sub, lut + at * cells, low + at * s->n_sub);
-            float sum = s->p->base.kernels->vector->dot(rotated + h * d, v->book.mean, d) - mass[h];
-            for (int j = 0; j < s->n_sub; j++) sum += low[at * s->n_sub + j];
-            base[at] = sum;
+        for (int64_t h = 0, at = i * g; h < g; h++, at++) {
+            float *low = t->low + at * n_sub;
+            float range = s->kernels->lut(t->rotated + h * d, v->book.centroids, n_sub, d / n_sub, t->lut + at * n_sub * SCAN_CODES, low);
+            float sum = s->p->base.kernels->vector->dot(t->rotated + h * d, v->book.mean, d);
+            for (int j = 0; j < n_sub; j++) sum += low[j];
+            t->base[at] = sum;
             if (range > widest) widest = range;
-            if (sum < least) least = sum;
-            if (sum > most) most = sum;
         }
-        cost->index_bytes += (int64_t)vq_code_bytes(s->n_sub, v->n_coded) + (int64_t)d * (SCAN_CODES + 1) * (int64_t)sizeof(float);
+        cost->index_bytes += (int64_t)vq_code_bytes(n_sub, v->n_coded) + (int64_t)d * (SCAN_CODES + 1) * (int64_t)sizeof(float);
     }
-    /* keys lie in [1, 65534]: 0 is no token, 65535 a forced one; when the span is wider, what falls below is clipped */
-    *step = widest > 0 ? widest / 255 : 1;
-    float span = (float)(FORCED - 2 - s->n_sub * 255);
-    *floor = (most - least) / *step <= span ? least : most - span * *step;
+    return widest > 0 ? widest / 255 : 1;
+}
+
+/* Keys of each head, [g][n_keys]: 0 for what has no code, else 1 + (score - floor of the head) / step. Views that lie too far below the best one are lifted to what a key can hold. */
+static void scan_views(const search *s, const tables *t, uint16_t *keys, float *floor)
+{
+    int g = s->g;
+    uint16_t offset[ATTN_MAX_GROUP];
+    float span = (float)(UINT16_MAX - 1 - s->n_sub * 255);
+    for (int h = 0; h < g; h++) {
+        float least = INFINITY, most = -INFINITY;
+        for (int64_t i = 0; i < s->n_views; i++) {
+            if (!s->views[i].n_coded) continue;
+            least = fminf(least, t->base[i * g + h]);
+            most = fmaxf(most, t->base[i * g + h]);
+        }
+        floor[h] = fmaxf(least, most - span * s->step);
+    }
     for (int64_t i = 0; i < s->n_views; i++) {
         const view *v = &s->views[i];
-        uint16_t *keys = s->keys + v->key;
-        int64_t padded = (v->n + SCAN_BLOCK - 1) / SCAN_BLOCK * SCAN_BLOCK;
-        if (v->n_coded) {
-            for (int h = 0; h < g; h++) {
-                int64_t at = i * g + h;
-                s->kernels->lut_quantise(lut + at * cells, low + at * s->n_sub, 1 / *step, s->n_sub, bytes + (size_t)h * (size_t)cells);
-                float above = (base[at] - *floor) / *step;
-                offset[h] = (uint16_t)(1 + (above > 0 ? (int)lrintf(above) : 0));
-            }
-            s->kernels->scan(v->part.codes, s->n_sub, (v->n_coded + SCAN_BLOCK - 1) / SCAN_BLOCK, bytes, g, offset, keys);
+        for (int64_t h = 0, at = i * g; h < g && v->n_coded; h++, at++) {
+            size_t cells = (size_t)s->n_sub * SCAN_CODES;
+            s->kernels->lut_quantise(t->lut + (size_t)at * cells, t->low + at * s->n_sub, 1 / s->step, s->n_sub,
+                                     t->bytes + (size_t)h * cells);
+            offset[h] = (uint16_t)(1 + lrintf(fmaxf(0, fminf((t->base[at] - floor[h]) / s->step, span))));
         }
-        for (int64_t t = v->n_coded; t < padded; t++) keys[t] = t < v->n ? FORCED : 0;
+        s->kernels->scan(v->part.codes, s->n_sub, padded(v->n_coded) / SCAN_BLOCK, t->bytes, g, offset, keys + v->key, s->n_keys);
+        for (int h = 0; h < g; h++)
+            memset(keys + h * s->n_keys + v->key + v->n_coded, 0, (size_t)(padded(v->n) - v->n_coded) * sizeof *keys);
     }
+}
+
+/* One key per token: the largest estimated weight over the heads, each normalised by what its near rows and its far tokens add up to. Of the far ones the codes tell: by the
+ * means of clusters alone a head's few sharp tokens would be overlooked, and the head be taken for a flat one whose weights are all large. */
+static void merge_heads(search *s, uint16_t *keys, float *floor, const attention_state *near)
+{
+    uint16_t up[ATTN_MAX_GROUP], down[ATTN_MAX_GROUP], top[ATTN_MAX_GROUP];
+    float least = INFINITY, most = -INFINITY;
+    for (int h = 0; h < s->g; h++) {
+        float sum = s->kernels->exp_sum(keys + h * s->n_keys, s->n_keys, s->step, &top[h]);
+        float far_max = floor[h] + s->step * (float)top[h], max = fmaxf(near->m[h], far_max);
+        floor[h] -= max + logf(near->l[h] * expf(near->m[h] - max) + sum * expf(far_max - max));
+        least = fminf(least, floor[h]);
+        most = fmaxf(most, floor[h] + s->step * (float)top[h]);
+    }
+    s->floor = fmaxf(least, most - s->step * (FORCED - 1));
+    for (int h = 0; h < s->g; h++) {
+        float above = (floor[h] - s->floor) / s->step;
+        up[h] = (uint16_t)lrintf(fmaxf(0, fminf(above, FORCED)));
+        down[h] = (uint16_t)lrintf(fmaxf(0, fminf(-above, FORCED)));
+    }
+    s->kernels->merge(keys, s->n_keys, s->g, up, down, s->n_keys, s->keys);
+    for (const view *v = s->views; v < s->views + s->n_views; v++) {
+        for (int64_t t = v->n_coded; t < padded(v->n); t++) s->keys[v->key + t] = t < v->n ? FORCED : 0;
+    }
+}
+
+static bool score_tokens(search *s, const attention_state *near, arena *scratch, attn_cost *cost, quarry_error *error)
+{
+    tables t;
+    float floor[ATTN_MAX_GROUP];
+    uint16_t *keys = arena_alloc(scratch, (size_t)s->g * (size_t)s->n_keys, sizeof *keys, error);
+    if (!keys || !tables_make(s, &t, scratch, error)) return false;
+    s->step = tables_fill(s, &t, cost);
+    scan_views(s, &t, keys, floor);
+    merge_heads(s, keys, floor, near);
     return true;
 }
 
@@ -174,20 +214,24 @@ static uint16_t find_threshold(const search *s, int64_t k, int64_t *n_ties)
     return (uint16_t)low;
 }
 
-/* How many tokens to read: a share, at least a floor; with a threshold on the estimated weight, also those above it up to a share. */
-static int64_t wanted(const search *s, float step, float floor)
+/* How many tokens to read: those without a code, and of the others a share, at least a floor. */
+static int64_t least_wanted(const search *s)
+{
+    int64_t rest = s->n_tokens - s->n_forced, k = (int64_t)ceil(s->p->options.budget * (double)rest);
+    if (k < (int64_t)s->p->options.min) k = (int64_t)s->p->options.min;
+    return s->n_forced + ivfpq_min64(k, rest);
+}
+
+/* With a threshold on the estimated weight, also those above it, up to a share. */
+static int64_t wanted(const search *s)
 {
     const ivfpq_options *o = &s->p->options;
-    int64_t rest = s->n_tokens - s->n_forced, k = (int64_t)ceil(o->budget * (double)rest);
-    if (k < (int64_t)o->min) k = (int64_t)o->min;
-    if (o->threshold > 0 && s->n_keys) {
-        float key = ceilf((logf((float)o->threshold) - floor) / step) + 1;
-        int64_t heavy = key < FORCED ? s->kernels->count(s->keys, s->n_keys, (uint16_t)fmaxf(key, 1)) - s->n_forced : 0;
-        int64_t most = (int64_t)ceil(o->max * (double)rest);
-        if (heavy > most) heavy = most;
-        if (heavy > k) k = heavy;
-    }
-    return s->n_forced + ivfpq_min64(k, rest);
+    int64_t k = least_wanted(s);
+    if (o->threshold == 0) return k;
+    float key = ceilf((logf((float)o->threshold) - s->floor) / s->step);
+    int64_t heavy = key < FORCED ? s->kernels->count(s->keys, s->n_keys, (uint16_t)fmaxf(key, 1)) : s->n_forced;
+    heavy = ivfpq_min64(heavy, s->n_forced + (int64_t)ceil(o->max * (double)(s->n_tokens - s->n_forced)));
+    return heavy > k ? heavy : k;
 }
 
 /* Room for k ids with what tail needs before them. */
@@ -197,13 +241,14 @@ static found *found_make(const search *s, int64_t k, arena *scratch, quarry_erro
     char *memory = arena_alloc(scratch, FOUND_BYTES + n * sizeof(int32_t), 1, error);
     if (!memory) return NULL;
     found *f = (found *)memory;
-    *f = (found){.views = s->views, .n_views = s->n_views, .n_clusters = s->n_clusters, .scores = s->scores, .unread = s->unread};
+    *f = (found){.views = s->views, .n_views = s->n_views, .n_clusters = s->n_clusters, .q = s->q};
+    f->unread = arena_alloc(scratch, c * (size_t)s->g, sizeof *f->unread, error);
     f->count = arena_alloc(scratch, c, sizeof *f->count, error);
     f->left = arena_alloc(scratch, c, sizeof *f->left, error);
     f->weights = arena_alloc(scratch, n * (size_t)s->g, sizeof *f->weights, error);
     f->cluster = arena_alloc(scratch, n, sizeof *f->cluster, error);
     f->touched = arena_alloc(scratch, n, sizeof *f->touched, error);
-    return f->count && f->left && f->weights && f->cluster && f->touched ? f : NULL;
+    return f->unread && f->count && f->left && f->weights && f->cluster && f->touched ? f : NULL;
 }
 
 static int64_t collect(const search *s, uint16_t threshold, int64_t n_ties, const found *f, int32_t *ids)
@@ -211,8 +256,7 @@ static int64_t collect(const search *s, uint16_t threshold, int64_t n_ties, cons
     int64_t n = 0;
     for (const view *v = s->views; v < s->views + s->n_views; v++) {
         int64_t before = n;
-        n += s->kernels->collect(s->keys + v->key, (v->n + SCAN_BLOCK - 1) / SCAN_BLOCK * SCAN_BLOCK, threshold, &n_ties, (int32_t)v->first,
-                                 ids + n);
+        n += s->kernels->collect(s->keys + v->key, padded(v->n), threshold, &n_ties, (int32_t)v->first, ids + n);
         for (int64_t i = before; i < n; i++) {
             int64_t t = ids[i] - v->first;
             f->cluster[i] = t < v->n_coded ? (int32_t)(v->cluster + v->part.cluster[t]) : -1;
@@ -221,29 +265,21 @@ static int64_t collect(const search *s, uint16_t threshold, int64_t n_ties, cons
     return n;
 }
 
-quarry_code ivfpq_select(const attn_policy *policy, int layer, int head, const float *q, int64_t pos, arena *scratch, attn_selection *out,
-                         attn_cost *cost, quarry_error *error)
+quarry_code ivfpq_select(const attn_policy *policy, int layer, int head, const float *q, int64_t pos, const attention_state *near,
+                         arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error)
 {
     (void)pos; /* n_far <= pos */
     const ivfpq *p = (const ivfpq *)policy;
-    int part = layer * p->base.shape.kv.n_head_kv + head;
     search s = {.p = p, .kernels = p->base.kernels->retrieval, .g = p->group, .d = p->d, .n_sub = p->n_sub};
-    float mass[64], step = 1, floor = 0;
-    if (!views_make(&s, part, scratch, error)) return QUARRY_ERROR_MEMORY;
-    *out = (attn_selection){.all = s.n_tokens == s.n_forced ||
-                                   wanted(&(search){.p = p, .n_tokens = s.n_tokens, .n_forced = s.n_forced}, 1, 0) >= s.n_tokens};
+    if (!views_make(&s, layer * p->base.shape.kv.n_head_kv + head, scratch, error)) return QUARRY_ERROR_MEMORY;
+    *out = (attn_selection){.all = least_wanted(&s) >= s.n_tokens};
     if (out->all) return QUARRY_OK;
-    size_t g = (size_t)s.g, clusters = (size_t)s.n_clusters;
-    s.q = arena_alloc(scratch, g * (size_t)s.d, sizeof *s.q, error);
-    s.scores = arena_alloc(scratch, g * clusters, sizeof *s.scores, error);
-    s.unread = arena_alloc(scratch, g * clusters, sizeof *s.unread, error);
+    s.q = arena_alloc(scratch, (size_t)s.g * (size_t)s.d, sizeof *s.q, error);
     s.keys = arena_alloc(scratch, (size_t)s.n_keys, sizeof *s.keys, error);
-    if (!s.q || !s.scores || !s.unread || !s.keys) return QUARRY_ERROR_MEMORY;
+    if (!s.q || !s.keys) return QUARRY_ERROR_MEMORY;
     for (int i = 0; i < s.g * s.d; i++) s.q[i] = q[i] * p->base.shape.scale;
-    log_masses(&s, part, mass);
-    if (!score_tokens(&s, mass, &step, &floor, scratch, cost, error)) return QUARRY_ERROR_MEMORY;
-    cost->index_bytes += s.n_clusters * (s.d + 2 * (int64_t)sizeof(float));
-    int64_t k = wanted(&s, step, floor), n_ties;
+    if (!score_tokens(&s, near, scratch, cost, error)) return QUARRY_ERROR_MEMORY;
+    int64_t k = wanted(&s), n_ties;
     found *f = found_make(&s, k, scratch, error);
     if (!f) return QUARRY_ERROR_MEMORY;
     uint16_t threshold = find_threshold(&s, k, &n_ties);
@@ -253,12 +289,14 @@ quarry_code ivfpq_select(const attn_policy *policy, int layer, int head, const f
 }
 
 /* unread[h][c] = mean score of the tokens of cluster c that were not selected, left[c] = how many. A cluster with none left gets a score without weight. */
-static void correct(const found *f, int g, int64_t n, const float *scores)
+static void correct(const ivfpq *p, const found *f, int64_t n, const float *scores)
 {
     int64_t c = f->n_clusters, n_touched = 0;
-    memcpy(f->unread, f->scores, (size_t)(g * c) * sizeof *f->unread);
-    for (const view *v = f->views; v < f->views + f->n_views; v++)
+    int g = p->group;
+    for (const view *v = f->views; v < f->views + f->n_views; v++) {
+        p->base.kernels->retrieval->dot_i8(f->q, g, p->d, v->part.keys, v->part.key_scale, clusters_of(v), f->unread + v->cluster, c);
         memcpy(f->count + v->cluster, v->part.count, (size_t)clusters_of(v) * sizeof *f->count);
+    }
     memcpy(f->left, f->count, (size_t)c * sizeof *f->left);
     for (int64_t i = 0; i < n; i++) {
         int32_t at = f->cluster[i];
@@ -289,7 +327,7 @@ void ivfpq_tail(const attn_policy *policy, int layer, int head, const float *q, 
     int64_t n_clusters = f->n_clusters, n = sel->n;
     int d = p->d;
     if (n_clusters == 0) return;
-    correct(f, p->group, n, scores);
+    correct(p, f, n, scores);
     for (int h = 0; h < p->group; h++) {
         float *e = f->unread + h * n_clusters, max, mass = 0;
         p->base.kernels->vector->softmax_exp(e, n_clusters, &max);
@@ -309,5 +347,5 @@ void ivfpq_tail(const attn_policy *policy, int layer, int head, const float *q, 
         kernels->accumulate_i8(f->unread + v->cluster, n_clusters, p->group, d, v->part.values, v->part.value_scale, clusters_of(v),
                                state->o);
     kernels->accumulate_rows(f->weights, p->group, d, p->base.shape.kv.type, rows, n, state->o);
-    cost->index_bytes += n_clusters * (d + 2 * (int64_t)sizeof(float));
+    cost->index_bytes += 2 * n_clusters * (d + 2 * (int64_t)sizeof(float));
 }

@@ -6,6 +6,13 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* Sums of four vectors as the lanes of one. */
+INLINE __m128 sum4(__m256 a, __m256 b, __m256 c, __m256 e)
+{
+    __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, e));
+    return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+}
+
 /* ---- tables ---- */
 
 INLINE float reduce(__m256 x, bool max)
@@ -55,13 +62,13 @@ static void lut_quantise_avx2(const float *lut, const float *low, float inverse_
 /* Two sub-vectors at a time, one a 128-bit lane. Bytes are added as u16 pairs: `even` collects low + 256 * high, `odd` the high bytes alone, so that one mask is saved and even is
  * put right at the end (modulo 2^16; a sum is at most 256 * 255). */
 INLINE void scan_heads(const uint8_t *codes, int n_sub, int64_t n_blocks, const uint8_t *lut, const int g, const uint16_t *offset,
-                       bool merge, uint16_t *out)
+                       uint16_t *out, int64_t stride)
 {
     const __m256i nibble = _mm256_set1_epi8(15);
     size_t bytes = (size_t)n_sub * 16;
     for (int64_t b = 0; b < n_blocks; b++) {
         const uint8_t *block = codes + (size_t)b * bytes;
-        __m256i even_low[2], odd_low[2], even_high[2], odd_high[2], best_low = _mm256_setzero_si256(), best_high = best_low;
+        __m256i even_low[2], odd_low[2], even_high[2], odd_high[2];
         for (int h = 0; h < g; h++) even_low[h] = odd_low[h] = even_high[h] = odd_high[h] = _mm256_setzero_si256();
         for (size_t at = 0; at < bytes; at += 32) {
             bool whole = bytes - at >= 32; /* of an odd last sub-vector the upper lane is a table of zeros */
@@ -89,33 +96,62 @@ INLINE void scan_heads(const uint8_t *codes, int n_sub, int64_t n_blocks, const 
             low = _mm256_sub_epi16(low, _mm256_slli_epi16(_mm256_permute2x128_si256(low, low, 0x81), 8));
             high = _mm256_sub_epi16(high, _mm256_slli_epi16(_mm256_permute2x128_si256(high, high, 0x81), 8));
             __m256i above = _mm256_set1_epi16((short)offset[h]);
-            best_low = _mm256_max_epu16(best_low, _mm256_adds_epu16(low, above));
-            best_high = _mm256_max_epu16(best_high, _mm256_adds_epu16(high, above));
+            low = _mm256_adds_epu16(low, above);
+            high = _mm256_adds_epu16(high, above);
+            __m256i swapped_low = _mm256_permute2x128_si256(low, low, 1), swapped_high = _mm256_permute2x128_si256(high, high, 1);
+            low = _mm256_permute2x128_si256(_mm256_unpacklo_epi16(low, swapped_low), _mm256_unpackhi_epi16(low, swapped_low), 0x20);
+            high = _mm256_permute2x128_si256(_mm256_unpacklo_epi16(high, swapped_high), _mm256_unpackhi_epi16(high, swapped_high), 0x20);
+            __m256i *to = (__m256i *)(out + h * stride + b * SCAN_BLOCK);
+            _mm256_storeu_si256(to, low);
+            _mm256_storeu_si256(to + 1, high);
         }
-        __m256i swapped_low = _mm256_permute2x128_si256(best_low, best_low, 1),
-                swapped_high = _mm256_permute2x128_si256(best_high, best_high, 1);
-        best_low =
-            _mm256_permute2x128_si256(_mm256_unpacklo_epi16(best_low, swapped_low), _mm256_unpackhi_epi16(best_low, swapped_low), 0x20);
-        best_high =
-            _mm256_permute2x128_si256(_mm256_unpacklo_epi16(best_high, swapped_high), _mm256_unpackhi_epi16(best_high, swapped_high), 0x20);
-        __m256i *to = (__m256i *)(out + b * SCAN_BLOCK);
-        if (merge) {
-            best_low = _mm256_max_epu16(best_low, _mm256_loadu_si256(to));
-            best_high = _mm256_max_epu16(best_high, _mm256_loadu_si256(to + 1));
-        }
-        _mm256_storeu_si256(to, best_low);
-        _mm256_storeu_si256(to + 1, best_high);
     }
 }
 
-static void scan_avx2(const uint8_t *codes, int n_sub, int64_t n_blocks, const uint8_t *lut, int g, const uint16_t *offset, uint16_t *out)
+static void scan_avx2(const uint8_t *codes, int n_sub, int64_t n_blocks, const uint8_t *lut, int g, const uint16_t *offset, uint16_t *out,
+                      int64_t stride)
 {
     for (int h = 0; h < g; h += 2) {
         const uint8_t *table = lut + (size_t)h * (size_t)n_sub * SCAN_CODES;
         if (g - h >= 2)
-            scan_heads(codes, n_sub, n_blocks, table, 2, offset + h, h > 0, out);
+            scan_heads(codes, n_sub, n_blocks, table, 2, offset + h, out + h * stride, stride);
         else
-            scan_heads(codes, n_sub, n_blocks, table, 1, offset + h, h > 0, out);
+            scan_heads(codes, n_sub, n_blocks, table, 1, offset + h, out + h * stride, stride);
+    }
+}
+
+static float exp_sum_avx2(const uint16_t *keys, int64_t n, float step, uint16_t *top)
+{
+    __m256i most = _mm256_setzero_si256();
+    for (int64_t i = 0; i < n; i += 16) most = _mm256_max_epu16(most, _mm256_loadu_si256((const __m256i *)(keys + i)));
+    /* the largest is what is left of the smallest complement */
+    __m128i least = _mm_max_epu16(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    least = _mm_minpos_epu16(_mm_xor_si128(least, _mm_set1_epi8(-1)));
+    *top = (uint16_t)~_mm_extract_epi16(least, 0);
+    const __m256i shift = _mm256_set1_epi32(*top);
+    const __m256 factor = _mm256_set1_ps(step * 0x1.715476p+23f), bias = _mm256_set1_ps(0x1.fcp+29f);
+    __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    for (int64_t i = 0; i < n; i += 16)
+        for (int u = 0; u < 2; u++) {
+            __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(keys + i + u * 8)));
+            __m256 power = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(x, shift)), factor, bias);
+            __m256i bits = _mm256_cvttps_epi32(_mm256_max_ps(power, _mm256_setzero_ps()));
+            bits = _mm256_andnot_si256(_mm256_cmpeq_epi32(x, _mm256_setzero_si256()), bits);
+            sum[u] = _mm256_add_ps(sum[u], _mm256_castsi256_ps(bits));
+        }
+    __m256 both = _mm256_add_ps(sum[0], sum[1]);
+    return _mm_cvtss_f32(sum4(both, both, both, both));
+}
+
+static void merge_avx2(const uint16_t *keys, int64_t stride, int g, const uint16_t *up, const uint16_t *down, int64_t n, uint16_t *out)
+{
+    for (int64_t i = 0; i < n; i += 16) {
+        __m256i best = _mm256_setzero_si256();
+        for (int h = 0; h < g; h++) {
+            __m256i x = _mm256_adds_epu16(_mm256_loadu_si256((const __m256i *)(keys + h * stride + i)), _mm256_set1_epi16((short)up[h]));
+            best = _mm256_max_epu16(best, _mm256_subs_epu16(x, _mm256_set1_epi16((short)down[h])));
+        }
+        _mm256_storeu_si256((__m256i *)(out + i), best);
     }
 }
 
@@ -174,12 +210,6 @@ static int64_t collect_avx2(const uint16_t *keys, int64_t n, uint16_t threshold,
 INLINE __m256 load_i8(const int8_t *x)
 {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x)));
-}
-
-INLINE __m128 sum4(__m256 a, __m256 b, __m256 c, __m256 e)
-{
-    __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, e));
-    return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
 }
 
 INLINE void dot_heads(const float *q, const int g, int d, const int8_t *x, const float *scale, int64_t n, float *out, int64_t stride)
@@ -363,6 +393,8 @@ const retrieval_kernels retrieval_avx2 = {
     .lut = lut_avx2,
     .lut_quantise = lut_quantise_avx2,
     .scan = scan_avx2,
+    .exp_sum = exp_sum_avx2,
+    .merge = merge_avx2,
     .count = count_avx2,
     .collect = collect_avx2,
     .dot_i8 = dot_i8_avx2,

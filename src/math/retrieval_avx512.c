@@ -37,7 +37,7 @@ static void lut_quantise_avx512(const float *lut, const float *low, float invers
 /* Four sub-vectors at a time: a 128-bit lane holds 16 tokens of one sub-vector. Bytes are added as u16 pairs: `even` collects low + 256 * high, `odd` the high bytes alone, so that one
  * mask is saved and even is put right at the end (modulo 2^16; a sum is at most 256 * 255). */
 INLINE void scan_heads(const uint8_t *codes, int n_sub, int64_t n_blocks, const uint8_t *lut, const int g, const uint16_t *offset,
-                       bool merge, uint16_t *out)
+                       uint16_t *out, int64_t stride)
 {
     const __m512i nibble = _mm512_set1_epi8(15);
     const __m512i order = _mm512_set_epi16(31, 23, 30, 22, 29, 21, 28, 20, 27, 19, 26, 18, 25, 17, 24, 16, 15, 7, 14, 6, 13, 5, 12, 4, 11,
@@ -45,7 +45,7 @@ INLINE void scan_heads(const uint8_t *codes, int n_sub, int64_t n_blocks, const 
     size_t bytes = (size_t)n_sub * 16;
     for (int64_t b = 0; b < n_blocks; b++) {
         const uint8_t *block = codes + (size_t)b * bytes;
-        __m512i even_low[4], odd_low[4], even_high[4], odd_high[4], best = _mm512_setzero_si512();
+        __m512i even_low[4], odd_low[4], even_high[4], odd_high[4];
         for (int h = 0; h < g; h++) even_low[h] = odd_low[h] = even_high[h] = odd_high[h] = _mm512_setzero_si512();
         for (size_t at = 0; at < bytes; at += 64) {
             __mmask64 mask = bytes - at >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << (bytes - at)) - 1;
@@ -69,28 +69,58 @@ INLINE void scan_heads(const uint8_t *codes, int n_sub, int64_t n_blocks, const 
             __m512i sum = _mm512_add_epi16(_mm512_shuffle_i32x4(s, u, 0x88), _mm512_shuffle_i32x4(s, u, 0xdd));
             __m512i carried = _mm512_slli_epi16(_mm512_shuffle_i32x4(sum, sum, 0xf5), 8);
             sum = _mm512_mask_sub_epi16(sum, 0x00ff00ff, sum, carried);
-            best = _mm512_max_epu16(best, _mm512_adds_epu16(sum, _mm512_set1_epi16((short)offset[h])));
+            sum = _mm512_adds_epu16(_mm512_permutexvar_epi16(order, sum), _mm512_set1_epi16((short)offset[h]));
+            _mm512_storeu_si512(out + h * stride + b * SCAN_BLOCK, sum);
         }
-        best = _mm512_permutexvar_epi16(order, best);
-        uint16_t *to = out + b * SCAN_BLOCK;
-        if (merge) best = _mm512_max_epu16(best, _mm512_loadu_si512(to));
-        _mm512_storeu_si512(to, best);
     }
 }
 
-static void scan_avx512(const uint8_t *codes, int n_sub, int64_t n_blocks, const uint8_t *lut, int g, const uint16_t *offset, uint16_t *out)
+static void scan_avx512(const uint8_t *codes, int n_sub, int64_t n_blocks, const uint8_t *lut, int g, const uint16_t *offset, uint16_t *out,
+                        int64_t stride)
 {
     for (int h = 0; h < g; h += 4) {
         const uint8_t *table = lut + (size_t)h * (size_t)n_sub * SCAN_CODES;
+        uint16_t *to = out + h * stride;
         int n = g - h;
         if (n >= 4)
-            scan_heads(codes, n_sub, n_blocks, table, 4, offset + h, h > 0, out);
+            scan_heads(codes, n_sub, n_blocks, table, 4, offset + h, to, stride);
         else if (n == 3)
-            scan_heads(codes, n_sub, n_blocks, table, 3, offset + h, h > 0, out);
+            scan_heads(codes, n_sub, n_blocks, table, 3, offset + h, to, stride);
         else if (n == 2)
-            scan_heads(codes, n_sub, n_blocks, table, 2, offset + h, h > 0, out);
+            scan_heads(codes, n_sub, n_blocks, table, 2, offset + h, to, stride);
         else
-            scan_heads(codes, n_sub, n_blocks, table, 1, offset + h, h > 0, out);
+            scan_heads(codes, n_sub, n_blocks, table, 1, offset + h, to, stride);
+    }
+}
+
+static float exp_sum_avx512(const uint16_t *keys, int64_t n, float step, uint16_t *top)
+{
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t i = 0; i < n; i += SCAN_BLOCK) most = _mm512_max_epu16(most, _mm512_loadu_si512(keys + i));
+    __m512i wide = _mm512_max_epu32(_mm512_and_si512(most, _mm512_set1_epi32(0xffff)), _mm512_srli_epi32(most, 16));
+    *top = (uint16_t)_mm512_reduce_max_epu32(wide);
+    const __m512i shift = _mm512_set1_epi32(*top);
+    const __m512 factor = _mm512_set1_ps(step * 0x1.715476p+23f), bias = _mm512_set1_ps(0x1.fcp+29f);
+    __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (int64_t i = 0; i < n; i += SCAN_BLOCK)
+        for (int u = 0; u < 2; u++) {
+            __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(keys + i + u * 16)));
+            __m512 power = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(x, shift)), factor, bias);
+            power = _mm512_castsi512_ps(_mm512_cvttps_epi32(_mm512_max_ps(power, _mm512_setzero_ps())));
+            sum[u] = _mm512_mask_add_ps(sum[u], _mm512_test_epi32_mask(x, x), sum[u], power);
+        }
+    return _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
+}
+
+static void merge_avx512(const uint16_t *keys, int64_t stride, int g, const uint16_t *up, const uint16_t *down, int64_t n, uint16_t *out)
+{
+    for (int64_t i = 0; i < n; i += SCAN_BLOCK) {
+        __m512i best = _mm512_setzero_si512();
+        for (int h = 0; h < g; h++) {
+            __m512i x = _mm512_adds_epu16(_mm512_loadu_si512(keys + h * stride + i), _mm512_set1_epi16((short)up[h]));
+            best = _mm512_max_epu16(best, _mm512_subs_epu16(x, _mm512_set1_epi16((short)down[h])));
+        }
+        _mm512_storeu_si512(out + i, best);
     }
 }
 
@@ -348,6 +378,8 @@ const retrieval_kernels retrieval_avx512 = {
     .lut = lut_avx512,
     .lut_quantise = lut_quantise_avx512,
     .scan = scan_avx512,
+    .exp_sum = exp_sum_avx512,
+    .merge = merge_avx512,
     .count = count_avx512,
     .collect = collect_avx512,
     .dot_i8 = dot_i8_avx512,

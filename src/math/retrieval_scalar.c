@@ -31,21 +31,45 @@ static void lut_quantise_scalar(const float *lut, const float *low, float invers
     }
 }
 
-static void scan_scalar(const uint8_t *codes, int n_sub, int64_t n_blocks, const uint8_t *lut, int g, const uint16_t *offset, uint16_t *out)
+static void scan_scalar(const uint8_t *codes, int n_sub, int64_t n_blocks, const uint8_t *lut, int g, const uint16_t *offset, uint16_t *out,
+                        int64_t stride)
 {
-    for (int64_t b = 0; b < n_blocks; b++) {
-        const uint8_t *block = codes + (size_t)b * n_sub * 16;
-        for (int t = 0; t < SCAN_BLOCK; t++) {
-            uint32_t best = 0;
-            for (int h = 0; h < g; h++) {
-                const uint8_t *table = lut + (size_t)h * n_sub * SCAN_CODES;
-                uint32_t sum = offset[h];
-                for (int s = 0; s < n_sub; s++) sum += table[s * SCAN_CODES + (block[s * 16 + t % 16] >> (t / 16 * 4) & 15)];
-                if (sum > UINT16_MAX) sum = UINT16_MAX;
-                if (sum > best) best = sum;
-            }
-            out[b * SCAN_BLOCK + t] = (uint16_t)best;
+    for (int h = 0; h < g; h++)
+        for (int64_t t = 0; t < n_blocks * SCAN_BLOCK; t++) {
+            const uint8_t *block = codes + (size_t)(t / SCAN_BLOCK) * (size_t)n_sub * 16,
+                          *table = lut + (size_t)h * (size_t)n_sub * SCAN_CODES;
+            uint32_t sum = offset[h];
+            for (int s = 0; s < n_sub; s++) sum += table[s * SCAN_CODES + (block[s * 16 + t % 16] >> (t % SCAN_BLOCK / 16 * 4) & 15)];
+            out[h * stride + t] = (uint16_t)(sum < UINT16_MAX ? sum : UINT16_MAX);
         }
+}
+
+/* 2^x as the bits of a float: exponent and, below the point, mantissa (Schraudolph, "A fast, compact approximation of the exponential function", 1999). */
+static float exp_sum_scalar(const uint16_t *keys, int64_t n, float step, uint16_t *top)
+{
+    float factor = step * 0x1.715476p+23f /* log2(e) 2^23 */, sum = 0;
+    *top = 0;
+    for (int64_t i = 0; i < n; i++)
+        if (keys[i] > *top) *top = keys[i];
+    for (int64_t i = 0; i < n; i++) {
+        float x = (float)(keys[i] - *top) * factor + 0x1.fcp+29f /* 127 2^23 */, power;
+        int32_t bits = x > 0 ? (int32_t)x : 0;
+        memcpy(&power, &bits, sizeof power);
+        if (keys[i] > 0) sum += power;
+    }
+    return sum;
+}
+
+static void merge_scalar(const uint16_t *keys, int64_t stride, int g, const uint16_t *up, const uint16_t *down, int64_t n, uint16_t *out)
+{
+    for (int64_t i = 0; i < n; i++) {
+        int best = 0;
+        for (int h = 0; h < g; h++) {
+            int x = keys[h * stride + i] + up[h];
+            x = (x < UINT16_MAX ? x : UINT16_MAX) - down[h];
+            if (x > best) best = x;
+        }
+        out[i] = (uint16_t)best;
     }
 }
 
@@ -148,6 +172,8 @@ const retrieval_kernels retrieval_scalar = {
     .lut = lut_scalar,
     .lut_quantise = lut_quantise_scalar,
     .scan = scan_scalar,
+    .exp_sum = exp_sum_scalar,
+    .merge = merge_scalar,
     .count = count_scalar,
     .collect = collect_scalar,
     .dot_i8 = dot_i8_scalar,
