@@ -15,6 +15,7 @@ Needs: pip install gguf tokenizers regex jinja2
 """
 
 import argparse
+import collections
 import json
 import pathlib
 import random
@@ -212,12 +213,15 @@ def write_byte_level(folder, strings):
 
 def write_sentencepiece(folder, strings):
     """Words apart (as Llama's vocabulary), and one whose pieces cross spaces and whose scores have ties."""
+    counts = collections.Counter("".join(strings))
+    common = set(sorted(counts, key=lambda c: (-counts[c], c))[:300])
+    strings = [s for s in strings if common.issuperset(s)]
     for name, crossing in (("spm", False), ("spm-crossing", True)):
         t = Tokenizer(models.BPE())
         t.normalizer = normalizers.Replace(" ", "\u2581")
         if not crossing:
             t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-        t.train_from_iterator(strings, trainers.BpeTrainer(vocab_size=900, limit_alphabet=300, show_progress=False))
+        t.train_from_iterator(strings, trainers.BpeTrainer(vocab_size=900, show_progress=False))
         trained = json.loads(t.to_str())["model"]
         merged = ["".join(m) for m in trained["merges"]]
         single = [s for s in sorted(trained["vocab"], key=trained["vocab"].get) if len(s) == 1]
@@ -496,7 +500,7 @@ CONVERSATIONS = [
     (["system", "Be brief."], ["user", "What is a rose?"]),
     (["user", "Hi"], ["assistant", "Hello. What can I do?"], ["user", "Spell “naïve”."]),
     (["system", "Be brief.\nAnd kind."], ["user", "Hi"], ["assistant", "Hello!"], ["user", "Who?"], ["assistant", "I."], ["user", "Why?"]),
-    (["user", "  white space around \n"], ["assistant", "\n kept or not "], ["user", "\t\u00a0more\u3000\n"]),
+    (["user", "  white space around \n"], ["assistant", "\n kept or not "], ["user", "\t\u00a0more\u3000\x1f\n"]),
     (["user", "Two and two?"], ["assistant", "<think>\nIt is\nfour.\n</think>\n\nFour."], ["user", "<|im_end|> {{ braces }} [INST] </s>"]),
     (["user", ""],),
 ]

@@ -257,6 +257,23 @@ static void test_the_space_behind_markup_belongs_to_the_text(void **state)
     tokenizer_destroy(t);
 }
 
+static void test_turns_apart_are_the_tokens_of_the_whole(void **state)
+{
+    (void)state;
+    tokenizer *t = open_small("spm");
+    conversation c = {.n = 0};
+    say(&c, "user", "the word");
+    say(&c, "assistant", "of");
+    say(&c, "user", "and");
+    token_list list = {0}, expected = {0};
+    assert_int_equal(chat_encode(find(NULL, "llama-2"), t, NULL, c.messages, c.n, true, true, &list, NULL, NULL), QUARRY_OK);
+    append_tokens(t, "<s>[INST] the word [/INST] of </s><s>[INST] and [/INST]", TOKENIZE_SPECIAL, &expected);
+    assert_lists_equal(&list, &expected);
+    token_list_free(&list);
+    token_list_free(&expected);
+    tokenizer_destroy(t);
+}
+
 static void test_running_out_of_memory_leaves_the_list(void **state)
 {
     (void)state;
@@ -305,6 +322,7 @@ int main(void)
         cmocka_unit_test(test_what_precedes_the_question_does_not_depend_on_it),
         cmocka_unit_test(test_start_token_is_written_once),
         cmocka_unit_test(test_the_space_behind_markup_belongs_to_the_text),
+        cmocka_unit_test(test_turns_apart_are_the_tokens_of_the_whole),
         cmocka_unit_test(test_running_out_of_memory_leaves_the_list),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

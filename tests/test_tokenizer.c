@@ -468,17 +468,68 @@ static void test_of_equal_tokens_the_first_counts(void **state)
     tokenizer_destroy(t);
 }
 
+static void test_merging_never_makes_tokens_outside_the_byte_alphabet(void **state)
+{
+    (void)state;
+    /* the first token has the bytes of the last one, but no byte-level text is written so */
+    const char *const tokens[] = {"\u200D", "\u00E2", "\u0122", "\u012F", "\u00E2\u0122", "\u00E2\u0122\u012F"};
+    const char *const merges[] = {"\u00E2 \u0122", "\u00E2\u0122 \u012F"};
+    builder_start(&built);
+    builder_string(&built, "ggml.model", "gpt2");
+    builder_strings(&built, "ggml.tokens", tokens, TEST_COUNT(tokens));
+    builder_strings(&built, "ggml.merges", merges, TEST_COUNT(merges));
+    tokenizer *t = built_tokenizer();
+    ASSERT_TOKENS(t, "\u200D", TOKENIZE_PLAIN, 5);
+    assert_int_equal(tokenizer_find(t, "\u200D"), 0);
+    tokenizer_destroy(t);
+}
+
+static void build_sentencepiece(const char *const *tokens, const int32_t *types, const float *scores, size_t n)
+{
+    builder_start(&built);
+    builder_string(&built, "ggml.model", "llama");
+    builder_strings(&built, "ggml.tokens", tokens, n);
+    builder_numbers(&built, "ggml.token_type", GGUF_TYPE_I32, types, n);
+    builder_numbers(&built, "ggml.scores", GGUF_TYPE_F32, scores, n);
+}
+
+static void test_equal_scores_merge_from_the_left(void **state)
+{
+    (void)state;
+    const char *const tokens[] = {"<unk>", "<s>", "</s>", "a", "b", "c", "ab", "bc"};
+    const int32_t types[] = {2, 3, 3, 1, 1, 1, 1, 1};
+    const float scores[] = {0, 0, 0, -9, -9, -9, -0.0f, 0.0f};
+    build_sentencepiece(tokens, types, scores, TEST_COUNT(tokens));
+    builder_bool(&built, "ggml.add_space_prefix", false);
+    tokenizer *t = built_tokenizer();
+    ASSERT_TOKENS(t, "abc", TOKENIZE_PLAIN, 6, 5);
+    tokenizer_destroy(t);
+}
+
+static void test_phi3_takes_white_space_behind_special_tokens(void **state)
+{
+    (void)state;
+    const char *const tokens[] = {"<unk>", "<s>", "</s>", "\u2581", "a", "<|end|>", "<0x0A>"};
+    const int32_t types[] = {2, 3, 3, 1, 1, 3, 6};
+    const float scores[7] = {0};
+    build_sentencepiece(tokens, types, scores, TEST_COUNT(tokens));
+    tokenizer *t = built_tokenizer();
+    ASSERT_TOKENS(t, "<|end|>\n a", TOKENIZE_SPECIAL, 5, 3, 6, 3, 4);
+    tokenizer_destroy(t);
+    builder_string(&built, "general.name", "Phi-3 mini");
+    t = built_tokenizer();
+    ASSERT_TOKENS(t, "<|end|>\n a", TOKENIZE_SPECIAL, 5, 3, 4);
+    ASSERT_TOKENS(t, "<s>\na", TOKENIZE_SPECIAL, 1, 3, 6, 4);
+    tokenizer_destroy(t);
+}
+
 static void test_sentencepiece_falls_back_to_bytes_and_then_to_unknown(void **state)
 {
     (void)state;
     const char *const tokens[] = {"<unk>", "<s>", "</s>", "\u2581", "a", "\u2581a", "<0xC3>"};
     const int32_t types[] = {2, 3, 3, 1, 1, 1, 6};
     const float scores[] = {0, 0, 0, -3, -4, -1, 0};
-    builder_start(&built);
-    builder_string(&built, "ggml.model", "llama");
-    builder_strings(&built, "ggml.tokens", tokens, TEST_COUNT(tokens));
-    builder_numbers(&built, "ggml.token_type", GGUF_TYPE_I32, types, TEST_COUNT(types));
-    builder_numbers(&built, "ggml.scores", GGUF_TYPE_F32, scores, TEST_COUNT(scores));
+    build_sentencepiece(tokens, types, scores, TEST_COUNT(tokens));
     tokenizer *t = built_tokenizer();
     assert_string_equal(tokenizer_name(t), "llama");
     ASSERT_TOKENS(t, "a a", TOKENIZE_PLAIN, 5, 5);
@@ -613,6 +664,9 @@ int main(void)
         cmocka_unit_test(test_start_and_end_tokens_follow_the_file),
         cmocka_unit_test(test_ids_outside_the_vocabulary_count_as_absent),
         cmocka_unit_test(test_of_equal_tokens_the_first_counts),
+        cmocka_unit_test(test_merging_never_makes_tokens_outside_the_byte_alphabet),
+        cmocka_unit_test(test_equal_scores_merge_from_the_left),
+        cmocka_unit_test(test_phi3_takes_white_space_behind_special_tokens),
         cmocka_unit_test(test_sentencepiece_falls_back_to_bytes_and_then_to_unknown),
         cmocka_unit_test(test_other_tokenizers_are_refused_by_name),
         cmocka_unit_test(test_damaged_vocabularies_are_refused),

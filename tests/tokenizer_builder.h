@@ -48,11 +48,12 @@ static inline void builder_start(builder *b)
     put_u64(b, 0); /* keys, written at the end */
 }
 
+/* Adds the key tokenizer.NAME, or general.…; its value follows. */
 static inline void builder_key(builder *b, const char *name, uint32_t type)
 {
     char key[96] = "tokenizer.";
     strcat(key, name);
-    put_string(b, key);
+    put_string(b, strncmp(name, "general.", 8) == 0 ? name : key);
     put_u32(b, type);
     b->n_keys++;
 }

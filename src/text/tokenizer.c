@@ -71,16 +71,15 @@ static void read_special_ids(tokenizer *t, const gguf_file *g)
     t->strip_after_special = t->sentencepiece && model_name && (strcasestr(model_name, "phi-3") || strcasestr(model_name, "phi3"));
 }
 
-static bool spaces_only_lead(const vocab *v)
+/* Most vocabularies have spaces only at the front of pieces, so that a text falls into words; Gemma's has one piece that crosses a space. */
+static void find_bytes_before_spaces(tokenizer *t)
 {
-    for (int64_t id = 0; id < v->n; id++) {
+    for (int64_t id = 0; id < t->vocab.n; id++) {
         size_t n;
-        const char *bytes = vocab_bytes(v, (int32_t)id, &n);
-        if (v->type[id] == PIECE_CONTROL || v->type[id] == PIECE_UNKNOWN || v->type[id] == PIECE_BYTE) continue;
+        const char *bytes = vocab_bytes(&t->vocab, (int32_t)id, &n);
         for (size_t i = 1; i < n; i++)
-            if (bytes[i] == ' ' && bytes[i - 1] != ' ') return false;
+            if (bytes[i] == ' ' && t->vocab.type[id] != PIECE_CONTROL) t->before_space[(unsigned char)bytes[i - 1]] = true;
     }
-    return true;
 }
 
 tokenizer *tokenizer_create(const gguf_file *g, quarry_error *error)
@@ -91,7 +90,7 @@ tokenizer *tokenizer_create(const gguf_file *g, quarry_error *error)
     if ((code = read_kind(t, g, error)) != QUARRY_OK) goto done;
     if ((code = vocab_create(&t->vocab, g, t->sentencepiece, error)) != QUARRY_OK) goto done;
     read_special_ids(t, g);
-    t->spaces_start_words = t->sentencepiece && spaces_only_lead(&t->vocab);
+    if (t->sentencepiece) find_bytes_before_spaces(t);
     code = gguf_metadata_error(g, error);
 done:
     if (code == QUARRY_OK) return t;
@@ -146,7 +145,7 @@ static quarry_code encode_sentencepiece(const tokenizer *t, merger *m, const cha
     quarry_code code = normalize_spaces(m, text, n, prefix, &n_text, error);
     for (size_t i = 0; i < n_text && code == QUARRY_OK;) {
         size_t end = i + 1;
-        while (end < n_text && !(t->spaces_start_words && m->text[end] == ' ' && m->text[end - 1] != ' ')) end++;
+        while (end < n_text && (m->text[end] != ' ' || t->before_space[(unsigned char)m->text[end - 1]])) end++;
         code = merger_encode(m, t, m->text + i, end - i, list, error);
         i = end;
     }

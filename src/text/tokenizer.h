@@ -11,9 +11,10 @@ struct tokenizer {
     vocab vocab;
     bool sentencepiece;
     pretokenizer pre;
-    bool ignore_merges;      /* byte-level: a word that is a token is taken whole */
-    bool add_space_prefix;   /* SentencePiece: text at the start and after a special token gets a space in front */
-    bool spaces_start_words; /* SentencePiece: no piece has a space after another character, so that words merge apart */
+    bool ignore_merges;    /* byte-level: a word that is a token is taken whole */
+    bool add_space_prefix; /* SentencePiece: text at the start and after a special token gets a space in front */
+    bool before_space
+        [256]; /* SentencePiece: some piece has this byte in front of a space; after all others a space starts a word that merges apart */
     bool add_bos, add_eos;
     bool strip_after_special;  /* white space after a special token belongs to it (phi-3) */
     int32_t bos, eos, unknown; /* -1 if none */
