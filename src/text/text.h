@@ -28,7 +28,7 @@ typedef enum tokenize_flags {
     TOKENIZE_SPECIAL = 2, /* special tokens written out in the text become tokens */
 } tokenize_flags;
 
-/* Appends the tokens of text[n_bytes] to *list. Linear time and bounded stack on any input; invalid UTF-8 is taken as bytes. User-defined tokens
+/* Appends the tokens of text[n_bytes] to *list. Time n log n and bounded stack on any input; invalid UTF-8 is taken as bytes. User-defined tokens
  * are recognised without the flag too. Errors (the list is as it was): MEMORY, ARGUMENT (2 GiB or more). */
 quarry_code tokenizer_encode(const tokenizer *t, const char *text, size_t n_bytes, int flags, token_list *list, quarry_error *error);
 
