@@ -1,14 +1,5 @@
 /* base/file: maps that survive a shrinking file, reads, and the errors of both. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-
-#include <cmocka.h>
 #include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -16,6 +7,7 @@
 
 #include "base/file.h"
 #include "base/memory.h"
+#include "test.h"
 
 enum { FILE_BYTES = 5 * 65536 + 100 };
 

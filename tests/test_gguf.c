@@ -1,19 +1,10 @@
 /* gguf: what a well-formed file holds comes back; what a hostile one claims is an error that names it. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-
-#include <cmocka.h>
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <unistd.h>
 
 #include "gguf/gguf.h"
+#include "test.h"
 
-/* ---- a small writer --------------------------------------------------------------------------------------------- */
+/* A small writer. */
 
 typedef struct buffer {
     uint8_t *bytes;
@@ -307,7 +298,7 @@ static void keys_of_the_wrong_type_are_remembered(void **state)
     free(b.bytes);
 }
 
-/* ---- hostile files ---------------------------------------------------------------------------------------------- */
+/* Hostile files. */
 
 /* Opening b fails with code; the message names the file and says cause. Frees b. */
 static void refused(buffer b, quarry_code code, const char *cause)
