@@ -270,12 +270,13 @@ static int clusters_of(const world *w, attn_policy *policy, int part, int32_t *o
         const ivfpq_segment *s = i < p->n_sealed ? p->sealed[i] : p->open;
         ivfpq_part segment = ivfpq_part_of(p, s, part);
         assert_true(segment.status->coded);
+        const float *centre = i < p->n_sealed ? segment.centre : ivfpq_part_of(p, p->sealed[i - 1], part).centre;
         int64_t first = i < p->n_sealed ? s->first : p->open_first, coded = i < p->n_sealed ? s->n : p->n_coded;
         for (int64_t t = 0; t < coded; t++) of_group[first + t] = n + segment.cluster[t];
         for (int c = 0; c < segment.status->n_clusters; c++, n++) {
             count[n] = segment.count[c];
             for (int j = 0; j < w->d; j++) {
-                mean[n * 2 * w->d + j] = (double)segment.key_scale[c] * segment.keys[c * w->d + j];
+                mean[n * 2 * w->d + j] = centre[j] + (double)segment.key_scale[c] * segment.keys[c * w->d + j];
                 mean[n * 2 * w->d + w->d + j] = (double)segment.value_scale[c] * segment.values[c * w->d + j];
             }
         }

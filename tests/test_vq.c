@@ -140,7 +140,7 @@ static void metric_of_no_queries_is_the_identity(void **state)
 
 typedef struct trained {
     int d, n, n_sub;
-    float *x, *forward, *query, *y, *columns, *centroids, *mean;
+    float *x, *forward, *query, *y, *columns, *centroids;
     int32_t *codes;
     vq_basis basis;
     vq_codebook book;
@@ -163,7 +163,6 @@ static trained train(const math_kernels *kernels, int n, int d, int n_sub, bool 
     t.y = normals(&r, tokens * (size_t)d);
     t.columns = normals(&r, (size_t)d * (size_t)stride);
     t.centroids = normals(&r, (size_t)d * 16);
-    t.mean = memory_zero((size_t)d, sizeof *t.mean, "test", NULL);
     t.codes = memory_zero(tokens * (size_t)n_sub, sizeof *t.codes, "test", NULL);
     vq_moments h = {.d = d, .sum = sum};
     vq_moments_add(&h, kernels, q, 200, d);
@@ -179,7 +178,7 @@ static trained train(const math_kernels *kernels, int n, int d, int n_sub, bool 
     kernels->retrieval->product(t.x, d, 1, t.forward, d, t.y, d, n, d, d, false);
     vq_transpose(t.y, d, n, d, t.columns, stride);
     t.points = (vq_points){t.y, t.columns, n, d, stride, d};
-    t.book = (vq_codebook){d, n_sub, t.mean, t.centroids};
+    t.book = (vq_codebook){d, n_sub, t.centroids};
     assert_int_equal(vq_codebook_train(&t.book, kernels, &t.points, 8, seed, t.codes, &t.scratch, NULL), QUARRY_OK);
     memory_free(q), memory_free(sum), memory_free(root), memory_free(inverse);
     return t;
@@ -188,7 +187,7 @@ static trained train(const math_kernels *kernels, int n, int d, int n_sub, bool 
 static void untrain(trained *t)
 {
     memory_free(t->x), memory_free(t->forward), memory_free(t->query), memory_free(t->y), memory_free(t->columns);
-    memory_free(t->centroids), memory_free(t->mean), memory_free(t->codes);
+    memory_free(t->centroids), memory_free(t->codes);
     arena_free(&t->scratch);
 }
 

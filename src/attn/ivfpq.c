@@ -65,7 +65,7 @@ static attn_policy *ivfpq_fork(const attn_policy *policy, quarry_error *error)
     ivfpq *p = ivfpq_new(&from->base.shape, from->base.kernels, &from->options, error);
     if (!p) return NULL;
     if (from->open) {
-        p->open = ivfpq_segment_create(p, p->segment, false, false, error);
+        p->open = ivfpq_segment_create(p, p->segment, false, error);
         if (!p->open) goto fail;
         memcpy(p->open->memory, from->open->memory, from->open->bytes);
     }

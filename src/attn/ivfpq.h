@@ -3,7 +3,8 @@
  * Far tokens are cut into segments. A sealed segment is immutable, depends only on its past, and is shared by forks; behind the last one is the open segment, whose tokens are
  * coded with the tables of the segment before. A part is what a segment holds for one (layer, KV head):
  *
- *     codes      4 bits for every 4 dimensions of each key, in the coordinates of a basis (vq/vq.h)   -> which tokens to read
+ *     tables     centre, basis and centroids of a product code (vq/vq.h), learned from its keys and the queries seen until it was sealed
+ *     codes      4 bits for every 4 dimensions of each key   -> which tokens to read
  *     clusters   int8 mean key and mean value and the count of about `size` similar tokens           -> what the unread ones add up to
  *
  * In the open segment, clusters are runs of neighbours. Tokens that have no code yet (no segment is sealed; their segment was cut by truncate) are read exactly. */
@@ -24,7 +25,8 @@ typedef struct ivfpq_options {
 
 /* Where the fields of a part lie, in bytes from its start. */
 typedef struct ivfpq_layout {
-    size_t status, mean, centroids, forward, query, key_scale, value_scale, count, keys, values, cluster, codes, total;
+    size_t status, centre, centroids, forward, forward_scale, query, query_scale, key_scale, value_scale, count, keys, values, cluster,
+        codes, total;
 } ivfpq_layout;
 
 typedef struct ivfpq_segment {
@@ -42,8 +44,10 @@ typedef struct ivfpq_status {
 
 typedef struct ivfpq_part {
     ivfpq_status *status;
-    vq_codebook book;                       /* not of the open segment */
-    vq_basis basis;                         /* of segments that own one (ivfpq_basis_owner) */
+    float *centre;                          /* [d]: mean of the keys; this and the next three are not of the open segment */
+    vq_codebook book;                       /* of keys - centre, in the coordinates of the basis */
+    int8_t *forward, *query;                /* [d][d]: the basis by output dimension */
+    float *forward_scale, *query_scale;     /* [d] */
     float *key_scale, *value_scale, *count; /* [clusters] */
     int8_t *keys, *values;                  /* [clusters][d] */
     uint16_t *cluster;                      /* [tokens] */
@@ -69,18 +73,10 @@ static inline int64_t ivfpq_min64(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
-/* A basis (two d x d matrices, two eigenproblems) is learned when the number of segments has doubled, and serves the segments until then. */
-static inline int64_t ivfpq_basis_owner(int64_t segment)
-{
-    int64_t owner = 1;
-    while (owner * 2 <= segment + 1) owner *= 2;
-    return owner - 1;
-}
-
 /* ---- ivfpq_build.c ---- */
 
-/* A segment for n tokens; centroids and basis are left out of the open one (sealed = false). */
-ivfpq_segment *ivfpq_segment_create(const ivfpq *p, int64_t n, bool sealed, bool basis, quarry_error *error);
+/* A segment for n tokens; the open one (sealed = false) has no tables. */
+ivfpq_segment *ivfpq_segment_create(const ivfpq *p, int64_t n, bool sealed, quarry_error *error);
 void ivfpq_segment_release(ivfpq_segment *s); /* NULL allowed */
 ivfpq_part ivfpq_part_of(const ivfpq *p, const ivfpq_segment *s, int part);
 

@@ -16,15 +16,17 @@ static size_t take(size_t *at, size_t bytes)
     return here;
 }
 
-static ivfpq_layout layout_make(const ivfpq *p, int64_t n, int64_t n_clusters, bool sealed, bool basis)
+static ivfpq_layout layout_make(const ivfpq *p, int64_t n, int64_t n_clusters, bool sealed)
 {
     ivfpq_layout l;
     size_t at = 0, d = (size_t)p->d, c = (size_t)n_clusters, f = sizeof(float);
     l.status = take(&at, sizeof(ivfpq_status));
-    l.mean = take(&at, sealed ? d * f : 0);
+    l.centre = take(&at, sealed ? d * f : 0);
     l.centroids = take(&at, sealed ? d * SCAN_CODES * f : 0);
-    l.forward = take(&at, basis ? d * d * f : 0);
-    l.query = take(&at, basis ? d * d * f : 0);
+    l.forward = take(&at, sealed ? d * d : 0);
+    l.forward_scale = take(&at, sealed ? d * f : 0);
+    l.query = take(&at, sealed ? d * d : 0);
+    l.query_scale = take(&at, sealed ? d * f : 0);
     l.key_scale = take(&at, c * f);
     l.value_scale = take(&at, c * f);
     l.count = take(&at, c * f);
@@ -42,13 +44,13 @@ static int64_t cluster_count(const ivfpq *p, int64_t n, bool sealed)
     return (n + size - 1) / size;
 }
 
-ivfpq_segment *ivfpq_segment_create(const ivfpq *p, int64_t n, bool sealed, bool basis, quarry_error *error)
+ivfpq_segment *ivfpq_segment_create(const ivfpq *p, int64_t n, bool sealed, quarry_error *error)
 {
     ivfpq_segment *s = memory_zero(1, sizeof *s, "key index", error);
     if (!s) return NULL;
     atomic_init(&s->n_refs, 1);
     s->n = n;
-    s->layout = layout_make(p, n, cluster_count(p, n, sealed), sealed, basis);
+    s->layout = layout_make(p, n, cluster_count(p, n, sealed), sealed);
     s->bytes = s->layout.total * (size_t)p->n_parts;
     s->memory = memory_aligned((size_t)p->n_parts, s->layout.total, "key index", error);
     if (!s->memory) {
@@ -72,8 +74,12 @@ ivfpq_part ivfpq_part_of(const ivfpq *p, const ivfpq_segment *s, int part)
     unsigned char *m = s->memory + (size_t)part * l->total;
     return (ivfpq_part){
         .status = (ivfpq_status *)(m + l->status),
-        .book = {p->d, p->n_sub, (float *)(m + l->mean), (float *)(m + l->centroids)},
-        .basis = {p->d, (float *)(m + l->forward), (float *)(m + l->query)},
+        .centre = (float *)(m + l->centre),
+        .book = {p->d, p->n_sub, (float *)(m + l->centroids)},
+        .forward = (int8_t *)(m + l->forward),
+        .query = (int8_t *)(m + l->query),
+        .forward_scale = (float *)(m + l->forward_scale),
+        .query_scale = (float *)(m + l->query_scale),
         .key_scale = (float *)(m + l->key_scale),
         .value_scale = (float *)(m + l->value_scale),
         .count = (float *)(m + l->count),
@@ -99,7 +105,7 @@ static quarry_code push_pending(ivfpq *p, int64_t first, int64_t n, quarry_error
         if (code != QUARRY_OK) return code;
         p->capacity = capacity;
     }
-    ivfpq_segment *s = ivfpq_segment_create(p, n, true, ivfpq_basis_owner(index) == index, error);
+    ivfpq_segment *s = ivfpq_segment_create(p, n, true, error);
     if (!s) return QUARRY_ERROR_MEMORY;
     s->first = first;
     p->sealed[index] = s;
@@ -119,9 +125,9 @@ typedef struct builder {
     float *x, *y;           /* [capacity][d]: centred keys; their coordinates in the basis */
     float *columns;         /* [d][vq_column_stride(capacity)]: y */
     float *values;          /* [capacity] */
-    float *mean;            /* [d] */
     float *sums;            /* [2][clusters][d]: of keys, of values */
     float *row;             /* [d] */
+    float *basis;           /* [4][d][d] */
     int32_t *assign;        /* [n_sub][capacity] */
     int32_t *clusters;      /* [capacity] */
     int32_t *counts, *slot; /* [clusters] */
@@ -137,14 +143,14 @@ static bool builder_init(builder *b, ivfpq *p, const kv_seq *kv, int layer, int 
     b->y = arena_alloc(scratch, tokens * d, sizeof(float), NULL);
     b->columns = arena_alloc(scratch, d * (size_t)vq_column_stride(n), sizeof(float), NULL);
     b->values = arena_alloc(scratch, tokens, sizeof(float), NULL);
-    b->mean = arena_alloc(scratch, d, sizeof(float), NULL);
+    b->basis = arena_alloc(scratch, 4 * d * d, sizeof(float), NULL);
     b->sums = arena_alloc(scratch, 2 * k * d, sizeof(float), NULL);
     b->row = arena_alloc(scratch, d, sizeof(float), NULL);
     b->assign = arena_alloc(scratch, tokens * (size_t)p->n_sub, sizeof(int32_t), NULL);
     b->clusters = arena_alloc(scratch, tokens, sizeof(int32_t), NULL);
     b->counts = arena_alloc(scratch, k, sizeof(int32_t), NULL);
     b->slot = arena_alloc(scratch, k, sizeof(int32_t), NULL);
-    return b->x && b->y && b->columns && b->values && b->mean && b->sums && b->row && b->assign && b->clusters && b->counts && b->slot;
+    return b->x && b->y && b->columns && b->values && b->basis && b->sums && b->row && b->assign && b->clusters && b->counts && b->slot;
 }
 
 static const void *row_of(const builder *b, int64_t pos)
@@ -157,21 +163,26 @@ static void read_keys(builder *b, int64_t first, int64_t n)
     for (int64_t t = 0; t < n; t++) kv_read_key(b->kernels, row_of(b, first + t), &b->p->base.shape.kv, b->x + t * b->p->d);
 }
 
-/* mean = mean of x[n]; x -= mean. */
-static void centre(builder *b, int64_t n)
+static void subtract(builder *b, int64_t n, const float *centre)
 {
     int d = b->p->d;
-    memset(b->mean, 0, (size_t)d * sizeof *b->mean);
     for (int64_t t = 0; t < n; t++)
-        for (int i = 0; i < d; i++) b->mean[i] += b->x[t * d + i];
-    for (int i = 0; i < d; i++) b->mean[i] /= (float)n;
-    for (int64_t t = 0; t < n; t++)
-        for (int i = 0; i < d; i++) b->x[t * d + i] -= b->mean[i];
+        for (int i = 0; i < d; i++) b->x[t * d + i] -= centre[i];
+}
+
+/* Rows of b->y = x times the forward matrix (by input dimension), and their columns. */
+static void transform(builder *b, const float *forward, int64_t n)
+{
+    int64_t d = b->p->d;
+    b->kernels->retrieval->product(b->x, d, 1, forward, d, b->y, d, n, d, d, false);
+    vq_transpose(b->y, d, n, b->p->d, b->columns, vq_column_stride(n));
 }
 
 /* Means and counts of the clusters that clusters[n] assigns the tokens from position `first` to (0 <= clusters < k), into the slots from `at` on; empty ones take none. Returns
- * how many slots. token: where their slot numbers go. */
-static int32_t fill_clusters(builder *b, const ivfpq_part *part, int64_t first, int64_t n, int32_t k, int32_t at, uint16_t *token)
+ * how many slots. token: where their slot numbers go. Keys are kept as differences from the centre: they
+ * share large components, which would use up the steps of an int8. */
+static int32_t fill_clusters(builder *b, const ivfpq_part *part, const float *centre, int64_t first, int64_t n, int32_t k, int32_t at,
+                             uint16_t *token)
 {
     int d = b->p->d;
     float *key_sums = b->sums, *value_sums = b->sums + (size_t)k * (size_t)d;
@@ -183,7 +194,7 @@ static int32_t fill_clusters(builder *b, const ivfpq_part *part, int64_t first, 
         float *key = key_sums + (size_t)c * d, *value = value_sums + (size_t)c * d;
         b->counts[c]++;
         kv_read_key(b->kernels, row_of(b, first + t), shape, b->row);
-        for (int i = 0; i < d; i++) key[i] += b->row[i];
+        for (int i = 0; i < d; i++) key[i] += b->row[i] - centre[i];
         kv_read_value(b->kernels, row_of(b, first + t), shape, b->row);
         for (int i = 0; i < d; i++) value[i] += b->row[i];
     }
@@ -200,24 +211,37 @@ static int32_t fill_clusters(builder *b, const ivfpq_part *part, int64_t first, 
     return used;
 }
 
-/* The basis of segment `index`: its own, learned now from its keys and the queries seen so far, or an earlier one's. */
-static quarry_code find_basis(builder *b, int64_t index, const ivfpq_part *part, int64_t n, vq_basis *basis)
+/* m[d][d] by input dimension -> int8 rows by output dimension. */
+static void quantise_matrix(const float *m, int d, float *row, int8_t *out, float *scale)
+{
+    for (int j = 0; j < d; j++) {
+        for (int i = 0; i < d; i++) row[i] = m[(size_t)i * (size_t)d + (size_t)j];
+        scale[j] = vq_quantise_i8(row, d, out + (size_t)j * (size_t)d);
+    }
+}
+
+/* The way back. */
+static void expand_matrix(const int8_t *from, const float *scale, int d, float *m)
+{
+    for (int j = 0; j < d; j++)
+        for (int i = 0; i < d; i++) m[(size_t)i * (size_t)d + (size_t)j] = scale[j] * from[(size_t)j * (size_t)d + (size_t)i];
+}
+
+/* Learns the basis from the centred keys and the queries seen so far; b->basis[0] becomes the forward matrix as it is kept. */
+static quarry_code learn_basis(builder *b, const ivfpq_part *part, int64_t n)
 {
     const ivfpq *p = b->p;
-    int64_t owner = ivfpq_basis_owner(index);
-    if (owner != index) {
-        ivfpq_part from = ivfpq_part_of(p, p->sealed[owner], b->part);
-        *basis = from.basis;
-        return from.status->coded ? QUARRY_OK : QUARRY_ERROR_MEMORY;
-    }
     size_t cells = (size_t)p->d * (size_t)p->d;
-    float *matrices = arena_alloc(b->scratch, 2 * cells, sizeof *matrices, NULL);
-    if (!matrices) return QUARRY_ERROR_MEMORY;
     vq_moments h = {p->d, p->n_queries[b->part], p->moments + (size_t)b->part * cells};
-    vq_metric metric = {p->d, matrices, matrices + cells};
+    vq_metric metric = {p->d, b->basis + 2 * cells, b->basis + 3 * cells};
+    vq_basis basis = {p->d, b->basis, b->basis + cells};
     quarry_code code = vq_metric_make(&metric, &h, (float)p->options.alpha, (float)p->options.shrink, b->scratch, NULL);
-    *basis = part->basis;
-    return code == QUARRY_OK ? vq_basis_make(basis, b->kernels, &metric, b->x, n, p->n_sub, b->scratch, NULL) : code;
+    if (code == QUARRY_OK) code = vq_basis_make(&basis, b->kernels, &metric, b->x, n, p->n_sub, b->scratch, NULL);
+    if (code != QUARRY_OK) return code;
+    quantise_matrix(basis.forward, p->d, b->row, part->forward, part->forward_scale);
+    quantise_matrix(basis.query, p->d, b->row, part->query, part->query_scale);
+    expand_matrix(part->forward, part->forward_scale, p->d, b->basis);
+    return QUARRY_OK;
 }
 
 /* Trains and fills the part of segment `index`. Without memory for it the part stays uncoded: all of its tokens are read. */
@@ -226,23 +250,24 @@ static void build_part(builder *b, int64_t index)
     const ivfpq *p = b->p;
     const ivfpq_segment *s = p->sealed[index];
     ivfpq_part part = ivfpq_part_of(p, s, b->part);
-    int64_t d = p->d, n = s->n, stride = vq_column_stride(n), k = cluster_count(p, n, true);
-    vq_basis basis;
+    int64_t d = p->d, n = s->n, k = cluster_count(p, n, true);
     part.status->coded = false;
     read_keys(b, s->first, n);
-    centre(b, n);
-    if (find_basis(b, index, &part, n, &basis) != QUARRY_OK) return;
-    b->kernels->retrieval->product(b->x, d, 1, basis.forward, d, b->y, d, n, d, d, false);
-    b->kernels->retrieval->product(b->mean, d, 1, basis.forward, d, part.book.mean, d, 1, d, d, false);
-    vq_transpose(b->y, d, n, p->d, b->columns, stride);
-    vq_points points = {b->y, b->columns, n, d, stride, p->d};
+    memset(part.centre, 0, (size_t)d * sizeof *part.centre);
+    for (int64_t t = 0; t < n; t++)
+        for (int64_t i = 0; i < d; i++) part.centre[i] += b->x[t * d + i];
+    for (int64_t i = 0; i < d; i++) part.centre[i] /= (float)n;
+    subtract(b, n, part.centre);
+    if (learn_basis(b, &part, n) != QUARRY_OK) return;
+    transform(b, b->basis, n);
+    vq_points points = {b->y, b->columns, n, d, vq_column_stride(n), p->d};
     uint64_t seed = (uint64_t)(s->first * p->n_parts + b->part);
     if (vq_codebook_train(&part.book, b->kernels, &points, CODE_ITERATIONS, seed, b->assign, b->scratch, NULL) != QUARRY_OK) return;
     memset(part.codes, 0, vq_code_bytes(p->n_sub, n));
     vq_pack(p->n_sub, b->assign, n, 0, part.codes);
     if (vq_kmeans(b->kernels, &points, (int)k, CLUSTER_ITERATIONS, seed, b->sums, b->clusters, b->counts, b->scratch, NULL) != QUARRY_OK)
         return;
-    part.status->n_clusters = fill_clusters(b, &part, s->first, n, (int32_t)k, 0, part.cluster);
+    part.status->n_clusters = fill_clusters(b, &part, part.centre, s->first, n, (int32_t)k, 0, part.cluster);
     part.status->coded = true;
 }
 
@@ -251,24 +276,21 @@ static void code_open(builder *b, int64_t index, int64_t first, int64_t from, in
 {
     const ivfpq *p = b->p;
     ivfpq_part part = ivfpq_part_of(p, p->open, b->part), tables = ivfpq_part_of(p, p->sealed[index], b->part);
-    ivfpq_part owner = ivfpq_part_of(p, p->sealed[ivfpq_basis_owner(index)], b->part);
-    int64_t d = p->d;
-    part.status->coded = tables.status->coded && owner.status->coded;
+    part.status->coded = tables.status->coded;
     part.status->n_clusters = 0;
     if (!part.status->coded) return;
     from = from / IVFPQ_RUN * IVFPQ_RUN;
-    int64_t n = end - from, stride = vq_column_stride(n);
+    int64_t n = end - from;
     int32_t before = (int32_t)(from / IVFPQ_RUN);
     read_keys(b, first + from, n);
-    b->kernels->retrieval->product(b->x, d, 1, owner.basis.forward, d, b->y, d, n, d, d, false);
-    for (int64_t t = 0; t < n; t++)
-        for (int64_t i = 0; i < d; i++) b->y[t * d + i] -= tables.book.mean[i];
-    vq_transpose(b->y, d, n, p->d, b->columns, stride);
-    vq_encode(&tables.book, b->kernels, b->columns, stride, n, b->assign, b->values);
+    subtract(b, n, tables.centre);
+    expand_matrix(tables.forward, tables.forward_scale, p->d, b->basis);
+    transform(b, b->basis, n);
+    vq_encode(&tables.book, b->kernels, b->columns, vq_column_stride(n), n, b->assign, b->values);
     vq_pack(p->n_sub, b->assign, n, from, part.codes);
     for (int64_t t = 0; t < n; t++) b->clusters[t] = (int32_t)(t / IVFPQ_RUN);
     int32_t runs = (int32_t)((n + IVFPQ_RUN - 1) / IVFPQ_RUN);
-    part.status->n_clusters = before + fill_clusters(b, &part, first + from, n, runs, before, part.cluster + from);
+    part.status->n_clusters = before + fill_clusters(b, &part, tables.centre, first + from, n, runs, before, part.cluster + from);
 }
 
 /* ---- a step ---- */
@@ -277,7 +299,7 @@ quarry_code ivfpq_reserve(attn_policy *policy, int64_t n, quarry_error *error)
 {
     ivfpq *p = (ivfpq *)policy;
     ivfpq_drop_pending(p);
-    if (!p->open && !(p->open = ivfpq_segment_create(p, p->segment, false, false, error))) return QUARRY_ERROR_MEMORY;
+    if (!p->open && !(p->open = ivfpq_segment_create(p, p->segment, false, error))) return QUARRY_ERROR_MEMORY;
     int64_t full = (p->n_open + n) / p->segment;
     for (int64_t i = 0; i < full; i++) {
         quarry_code code = push_pending(p, p->open_first + i * p->segment, p->segment, error);

@@ -10,12 +10,10 @@ enum { FORCED = UINT16_MAX /* key of tokens without a code */ };
 /* A segment as one search sees it. */
 typedef struct view {
     ivfpq_part part;
-    vq_codebook book;     /* of the open segment: its predecessor's */
-    const float *query;   /* the basis' matrix */
+    ivfpq_part tables;    /* the part itself, or of the open segment its predecessor */
     int64_t first, n;     /* positions */
     int64_t n_coded;      /* the first so many have codes; the others are read */
     int64_t key, cluster; /* where its keys and clusters begin */
-    bool new_basis;       /* query differs from the view's before */
 } view;
 
 typedef struct search {
@@ -27,6 +25,7 @@ typedef struct search {
     int64_t n_keys;     /* tokens, each view padded to SCAN_BLOCK */
     int64_t n_clusters; /* of all views */
     float *q;           /* [g][d], scaled */
+    float *centre;      /* [n_views][g]: q·centre */
     uint16_t *keys;     /* [n_keys]: what decides; 0 is no token, FORCED one without a code */
     float step, floor;  /* key k means an estimated log weight of floor + k * step */
 } search;
@@ -35,7 +34,7 @@ typedef struct search {
 typedef struct found {
     view *views;
     int64_t n_views, n_clusters;
-    float *q;            /* [g][d], scaled */
+    float *q, *centre;   /* [g][d], scaled; [n_views][g]: q·centre */
     float *unread;       /* [g][n_clusters], work */
     float *count, *left; /* [n_clusters]: tokens of a cluster, and those not selected; work */
     float *weights;      /* [g][n], work */
@@ -55,19 +54,13 @@ static bool views_make(search *s, int part, arena *scratch, quarry_error *error)
     const ivfpq *p = s->p;
     s->views = arena_alloc(scratch, (size_t)p->n_sealed + 1, sizeof *s->views, error);
     if (!s->views) return false;
-    const float *query = NULL;
     for (int64_t i = 0; i < p->n_sealed + (p->n_open > 0); i++) {
         bool open = i == p->n_sealed;
         const ivfpq_segment *segment = open ? p->open : p->sealed[i];
         view *v = &s->views[s->n_views++];
         *v = (view){
             .part = ivfpq_part_of(p, segment, part), .first = open ? p->open_first : segment->first, .n = open ? p->n_open : segment->n};
-        v->book = open && i > 0 ? s->views[i - 1].book : v->part.book;
-        if (!open && ivfpq_basis_owner(i) == i) {
-            query = v->part.basis.query;
-            v->new_basis = true;
-        }
-        v->query = query;
+        v->tables = open && i > 0 ? s->views[i - 1].part : v->part;
         if (v->part.status->coded) v->n_coded = open ? p->n_coded : v->n;
         v->key = s->n_keys;
         v->cluster = s->n_clusters;
@@ -111,20 +104,19 @@ static float tables_fill(const search *s, const tables *t, attn_cost *cost)
     float widest = 0;
     for (int64_t i = 0; i < s->n_views; i++) {
         const view *v = &s->views[i];
-        if (v->new_basis) {
-            s->kernels->product(s->q, d, 1, v->query, d, t->rotated, d, g, d, d, false);
-            cost->index_bytes += (int64_t)d * d * (int64_t)sizeof(float);
-        }
         if (!v->n_coded) continue;
+        s->kernels->dot_i8(s->q, g, d, v->tables.query, v->tables.query_scale, d, t->rotated, d);
         for (int64_t h = 0, at = i * g; h < g; h++, at++) {
             float *low = t->low + at * n_sub;
-            float range = s->kernels->lut(t->rotated + h * d, v->book.centroids, n_sub, d / n_sub, t->lut + at * n_sub * SCAN_CODES, low);
-            float sum = s->p->base.kernels->vector->dot(t->rotated + h * d, v->book.mean, d);
+            float range =
+                s->kernels->lut(t->rotated + h * d, v->tables.book.centroids, n_sub, d / n_sub, t->lut + at * n_sub * SCAN_CODES, low);
+            float sum = s->centre[at] = s->p->base.kernels->vector->dot(s->q + h * d, v->tables.centre, d);
             for (int j = 0; j < n_sub; j++) sum += low[j];
             t->base[at] = sum;
             if (range > widest) widest = range;
         }
-        cost->index_bytes += (int64_t)vq_code_bytes(n_sub, v->n_coded) + (int64_t)d * (SCAN_CODES + 1) * (int64_t)sizeof(float);
+        cost->index_bytes += (int64_t)vq_code_bytes(n_sub, v->n_coded);
+        if (i < s->p->n_sealed) cost->index_bytes += (int64_t)d * (d + (SCAN_CODES + 2) * (int64_t)sizeof(float));
     }
     return widest > 0 ? widest / 255 : 1;
 }
@@ -241,7 +233,7 @@ static found *found_make(const search *s, int64_t k, arena *scratch, quarry_erro
     char *memory = arena_alloc(scratch, FOUND_BYTES + n * sizeof(int32_t), 1, error);
     if (!memory) return NULL;
     found *f = (found *)memory;
-    *f = (found){.views = s->views, .n_views = s->n_views, .n_clusters = s->n_clusters, .q = s->q};
+    *f = (found){.views = s->views, .n_views = s->n_views, .n_clusters = s->n_clusters, .q = s->q, .centre = s->centre};
     f->unread = arena_alloc(scratch, c * (size_t)s->g, sizeof *f->unread, error);
     f->count = arena_alloc(scratch, c, sizeof *f->count, error);
     f->left = arena_alloc(scratch, c, sizeof *f->left, error);
@@ -276,7 +268,8 @@ quarry_code ivfpq_select(const attn_policy *policy, int layer, int head, const f
     if (out->all) return QUARRY_OK;
     s.q = arena_alloc(scratch, (size_t)s.g * (size_t)s.d, sizeof *s.q, error);
     s.keys = arena_alloc(scratch, (size_t)s.n_keys, sizeof *s.keys, error);
-    if (!s.q || !s.keys) return QUARRY_ERROR_MEMORY;
+    s.centre = arena_alloc(scratch, (size_t)s.n_views * (size_t)s.g, sizeof *s.centre, error);
+    if (!s.q || !s.keys || !s.centre) return QUARRY_ERROR_MEMORY;
     for (int i = 0; i < s.g * s.d; i++) s.q[i] = q[i] * p->base.shape.scale;
     if (!score_tokens(&s, near, scratch, cost, error)) return QUARRY_ERROR_MEMORY;
     int64_t k = wanted(&s), n_ties;
@@ -295,6 +288,10 @@ static void correct(const ivfpq *p, const found *f, int64_t n, const float *scor
     int g = p->group;
     for (const view *v = f->views; v < f->views + f->n_views; v++) {
         p->base.kernels->retrieval->dot_i8(f->q, g, p->d, v->part.keys, v->part.key_scale, clusters_of(v), f->unread + v->cluster, c);
+        for (int h = 0; h < g; h++) {
+            float *unread = f->unread + h * c + v->cluster, centre = f->centre[(v - f->views) * g + h];
+            for (int64_t j = 0; j < clusters_of(v); j++) unread[j] += centre;
+        }
         memcpy(f->count + v->cluster, v->part.count, (size_t)clusters_of(v) * sizeof *f->count);
     }
     memcpy(f->left, f->count, (size_t)c * sizeof *f->left);

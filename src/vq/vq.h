@@ -64,17 +64,16 @@ quarry_code vq_kmeans(const math_kernels *kernels, const vq_points *points, int 
 
 /* ---- product codes ---- */
 
-/* n_sub sub-vectors of d_sub = d / n_sub dimensions, 16 centroids each, over y - mean. */
+/* n_sub sub-vectors of d_sub = d / n_sub dimensions, 16 centroids each. */
 typedef struct vq_codebook {
     int d, n_sub;
-    float *mean;      /* [d], of y */
-    float *centroids; /* [n_sub][d_sub][16], of y - mean */
+    float *centroids; /* [n_sub][d_sub][16] */
 } vq_codebook;
 
-/* Learns centroids from centred y (rows and columns); mean is the caller's to fill. assign, if not NULL, receives the codes [n_sub][n]. */
+/* Learns centroids from y, which should be centred. assign, if not NULL, receives the codes [n_sub][n]. */
 quarry_code vq_codebook_train(vq_codebook *b, const math_kernels *kernels, const vq_points *y, int iterations, uint64_t seed,
                               int32_t *assign, arena *scratch, quarry_error *error);
-/* Codes of centred columns y[d][stride] to assign[n_sub][n]. */
+/* Codes of columns y[d][stride] to assign[n_sub][n]. */
 void vq_encode(const vq_codebook *b, const math_kernels *kernels, const float *y, int64_t stride, int64_t n, int32_t *assign,
                float *values /*[n], scratch*/);
 /* Puts assign[n_sub][n] into 4-bit lanes of scan blocks (math/retrieval.h): token i goes to lane first + i; n and first need not be multiples of SCAN_BLOCK. */
