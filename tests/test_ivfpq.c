@@ -277,7 +277,7 @@ static int clusters_of(const world *w, attn_policy *policy, int part, int32_t *o
             count[n] = segment.count[c];
             for (int j = 0; j < w->d; j++) {
                 mean[n * 2 * w->d + j] = centre[j] + (double)segment.key_scale[c] * segment.keys[c * w->d + j];
-                mean[n * 2 * w->d + w->d + j] = (double)segment.value_scale[c] * segment.values[c * w->d + j];
+                mean[n * 2 * w->d + w->d + j] = (double)segment.value_scale[c] / count[n] * segment.values[c * w->d + j];
             }
         }
     }

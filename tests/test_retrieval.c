@@ -253,12 +253,12 @@ static void int8_products_equal_scalar(void **state)
                 float *want = normals(&r, heads * stride), *got = make(heads * stride, sizeof *got),
                       *sums = make(2 * heads * d, sizeof *sums);
                 memcpy(got, want, heads * stride * sizeof *got);
-                retrieval_scalar.dot_i8(q, g, dims[i], x, scale, n, want, (int64_t)stride);
+                retrieval_scalar.dot_i8(q, g, dims[i], x, scale, o, n, want, (int64_t)stride);
                 memcpy(sums, o, heads * d * sizeof *o);
                 retrieval_scalar.accumulate_i8(w, (int64_t)stride, g, dims[i], x, scale, n, sums);
                 EACH_TABLE(k)
                 {
-                    k->dot_i8(q, g, dims[i], x, scale, n, got, (int64_t)stride);
+                    k->dot_i8(q, g, dims[i], x, scale, o, n, got, (int64_t)stride);
                     assert_close(got, want, heads * stride, 2e-4f);
                     memcpy(sums + heads * d, o, heads * d * sizeof *o);
                     k->accumulate_i8(w, (int64_t)stride, g, dims[i], x, scale, n, sums + heads * d);
@@ -267,6 +267,27 @@ static void int8_products_equal_scalar(void **state)
                 memory_free(q), memory_free(scale), memory_free(o), memory_free(w), memory_free(x), memory_free(want), memory_free(got),
                     memory_free(sums);
             }
+}
+
+static void clusters_without_tokens_weigh_nothing(void **state)
+{
+    (void)state;
+    enum { N = 37 };
+    random_state r;
+    random_seed(&r, 13);
+    float *e = normals(&r, N), left[N], got[N];
+    for (int i = 0; i < N; i++) left[i] = (float)(i % 4);
+    for (int n = 0; n <= N; n++) {
+        double want = 0;
+        for (int i = 0; i < n; i++) want += 0.25 * (double)e[i] * left[i];
+        EACH_TABLE(k)
+        {
+            memcpy(got, e, sizeof got);
+            assert_true(fabs(k->weigh(got, left, 0.25f, n) - want) < 1e-4);
+            for (int i = 0; i < N; i++) assert_true(got[i] == (i >= n ? e[i] : left[i] > 0 ? e[i] * 0.25f : 0));
+        }
+    }
+    memory_free(e);
 }
 
 static void rows_are_accumulated_as_scalar_does(void **state)
@@ -381,6 +402,7 @@ int main(void)
         cmocka_unit_test(merge_equals_scalar_exactly),
         cmocka_unit_test(count_and_collect_find_the_keys_above_and_the_first_ties),
         cmocka_unit_test(int8_products_equal_scalar),
+        cmocka_unit_test(clusters_without_tokens_weigh_nothing),
         cmocka_unit_test(rows_are_accumulated_as_scalar_does),
         cmocka_unit_test(nearest_finds_the_nearest_centroid),
         cmocka_unit_test(product_multiplies_with_any_strides),

@@ -266,6 +266,39 @@ static void kmeans_finds_planted_clusters(void **state)
     arena_free(&scratch);
 }
 
+static void clusters_in_two_levels_are_nearly_as_tight_as_in_one(void **state)
+{
+    (void)state;
+    enum { N = 600, D = 16, K = 48 };
+    random_state r;
+    random_seed(&r, 20);
+    float *x = stretched(&r, N, D), *columns = normals(&r, (size_t)D * (size_t)vq_column_stride(N)), *sums = normals(&r, K * D);
+    int32_t one[N], two[N], counts[K], n_clusters = 0;
+    vq_transpose(x, D, N, D, columns, vq_column_stride(N));
+    vq_points points = {x, columns, N, D, vq_column_stride(N), D};
+    arena scratch = {0};
+    assert_int_equal(vq_kmeans(&scalar, &points, K, 6, 1, sums, one, counts, &scratch, NULL), QUARRY_OK);
+    assert_int_equal(vq_cluster(&scalar, &points, K, 6, 1, two, &n_clusters, &scratch, NULL), QUARRY_OK);
+    assert_true(n_clusters > K * 3 / 4 && n_clusters <= K);
+    double spread[2] = {0, 0};
+    for (int i = 0; i < 2; i++) {
+        const int32_t *assign = i ? two : one;
+        memset(sums, 0, sizeof(float) * K * D);
+        memset(counts, 0, sizeof counts);
+        for (int t = 0; t < N; t++) {
+            assert_true(assign[t] >= 0 && assign[t] < K);
+            counts[assign[t]]++;
+            for (int j = 0; j < D; j++) sums[assign[t] * D + j] += x[t * D + j];
+        }
+        for (int t = 0; t < N; t++)
+            for (int j = 0; j < D; j++) spread[i] += pow(x[t * D + j] - sums[assign[t] * D + j] / (float)counts[assign[t]], 2);
+    }
+    if (spread[1] > 1.15 * spread[0]) print_error("%g, not %g\n", spread[1], spread[0]);
+    assert_true(spread[1] <= 1.15 * spread[0]);
+    memory_free(x), memory_free(columns), memory_free(sums);
+    arena_free(&scratch);
+}
+
 static void kmeans_survives_more_clusters_than_different_points(void **state)
 {
     (void)state;
@@ -371,6 +404,7 @@ int main(void)
         cmocka_unit_test(basis_keeps_inner_products),
         cmocka_unit_test(balanced_axes_make_better_codes_than_given_ones),
         cmocka_unit_test(kmeans_finds_planted_clusters),
+        cmocka_unit_test(clusters_in_two_levels_are_nearly_as_tight_as_in_one),
         cmocka_unit_test(kmeans_survives_more_clusters_than_different_points),
         cmocka_unit_test(training_codes_are_the_nearest_centroids),
         cmocka_unit_test(packed_codes_scan_to_the_sums_of_their_tables),

@@ -49,7 +49,7 @@ typedef struct ivfpq_part {
     int8_t *forward, *query;                /* [d][d]: the basis by output dimension */
     float *forward_scale, *query_scale;     /* [d] */
     float *key_scale, *value_scale, *count; /* [clusters] */
-    int8_t *keys, *values;                  /* [clusters][d] */
+    int8_t *keys, *values;                  /* [clusters][d]: mean of the keys - centre, sum of the values */
     uint16_t *cluster;                      /* [tokens] */
     uint8_t *codes;                         /* scan blocks */
 } ivfpq_part;

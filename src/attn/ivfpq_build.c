@@ -205,7 +205,7 @@ static int32_t fill_clusters(builder *b, const ivfpq_part *part, const float *ce
         b->slot[c] = at + used++;
         part->count[slot] = (float)count;
         part->key_scale[slot] = vq_quantise_i8(key_sums + (size_t)c * d, d, part->keys + slot * (size_t)d) / (float)count;
-        part->value_scale[slot] = vq_quantise_i8(value_sums + (size_t)c * d, d, part->values + slot * (size_t)d) / (float)count;
+        part->value_scale[slot] = vq_quantise_i8(value_sums + (size_t)c * d, d, part->values + slot * (size_t)d);
     }
     for (int64_t t = 0; t < n; t++) token[t] = (uint16_t)b->slot[b->clusters[t]];
     return used;
@@ -265,9 +265,9 @@ static void build_part(builder *b, int64_t index)
     if (vq_codebook_train(&part.book, b->kernels, &points, CODE_ITERATIONS, seed, b->assign, b->scratch, NULL) != QUARRY_OK) return;
     memset(part.codes, 0, vq_code_bytes(p->n_sub, n));
     vq_pack(p->n_sub, b->assign, n, 0, part.codes);
-    if (vq_kmeans(b->kernels, &points, (int)k, CLUSTER_ITERATIONS, seed, b->sums, b->clusters, b->counts, b->scratch, NULL) != QUARRY_OK)
-        return;
-    part.status->n_clusters = fill_clusters(b, &part, part.centre, s->first, n, (int32_t)k, 0, part.cluster);
+    int32_t n_clusters;
+    if (vq_cluster(b->kernels, &points, (int)k, CLUSTER_ITERATIONS, seed, b->clusters, &n_clusters, b->scratch, NULL) != QUARRY_OK) return;
+    part.status->n_clusters = fill_clusters(b, &part, part.centre, s->first, n, n_clusters, 0, part.cluster);
     part.status->coded = true;
 }
 

@@ -84,6 +84,7 @@ typedef struct tables {
     float *base;    /* [n_views][g]: score of a token whose table entries are all the lowest */
     uint8_t *bytes; /* [g][n_sub][16] */
     float *rotated; /* [g][d]: queries in the coordinates of a basis */
+    float *zero;    /* [g] */
 } tables;
 
 static bool tables_make(const search *s, tables *t, arena *scratch, quarry_error *error)
@@ -94,7 +95,9 @@ static bool tables_make(const search *s, tables *t, arena *scratch, quarry_error
     t->base = arena_alloc(scratch, n, sizeof *t->base, error);
     t->bytes = arena_alloc(scratch, g * sub * SCAN_CODES, 1, error);
     t->rotated = arena_alloc(scratch, g * (size_t)s->d, sizeof *t->rotated, error);
-    return t->lut && t->low && t->base && t->bytes && t->rotated;
+    t->zero = arena_alloc(scratch, g, sizeof *t->zero, error);
+    if (t->zero) memset(t->zero, 0, g * sizeof *t->zero);
+    return t->zero && t->lut && t->low && t->base && t->bytes && t->rotated;
 }
 
 /* Fills the tables; returns the step that serves them all. */
@@ -105,7 +108,7 @@ static float tables_fill(const search *s, const tables *t, attn_cost *cost)
     for (int64_t i = 0; i < s->n_views; i++) {
         const view *v = &s->views[i];
         if (!v->n_coded) continue;
-        s->kernels->dot_i8(s->q, g, d, v->tables.query, v->tables.query_scale, d, t->rotated, d);
+        s->kernels->dot_i8(s->q, g, d, v->tables.query, v->tables.query_scale, t->zero, d, t->rotated, d);
         for (int64_t h = 0, at = i * g; h < g; h++, at++) {
             float *low = t->low + at * n_sub;
             float range =
@@ -190,13 +193,18 @@ static bool score_tokens(search *s, const attention_state *near, arena *scratch,
 /* The largest threshold that at least k keys reach, and how many of those that equal it are wanted. */
 static uint16_t find_threshold(const search *s, int64_t k, int64_t *n_ties)
 {
-    int low = 0, high = UINT16_MAX + 1; /* count(low) >= k > count(high) */
-    int64_t above = 0;                  /* count(high) */
+    int64_t reach = s->n_keys, above = 0; /* count(low) and count(high) */
+    int low = 0, high = UINT16_MAX + 1;   /* reach >= k > above */
     while (high - low > 1) {
-        int middle = (low + high) / 2;
+        /* counts fall about exponentially with the key, so their logarithms are interpolated, away from the ends so that the range always shrinks by an eighth */
+        float share = logf((float)reach / (float)k) / logf((float)reach / ((float)above + 0.5f));
+        share = fminf(0.875f, fmaxf(0.125f, share));
+        int middle = low + (int)(share * (float)(high - low));
+        middle = middle <= low ? low + 1 : middle;
         int64_t count = s->kernels->count(s->keys, s->n_keys, (uint16_t)middle);
         if (count >= k) {
             low = middle;
+            reach = count;
         } else {
             high = middle;
             above = count;
@@ -287,11 +295,8 @@ static void correct(const ivfpq *p, const found *f, int64_t n, const float *scor
     int64_t c = f->n_clusters, n_touched = 0;
     int g = p->group;
     for (const view *v = f->views; v < f->views + f->n_views; v++) {
-        p->base.kernels->retrieval->dot_i8(f->q, g, p->d, v->part.keys, v->part.key_scale, clusters_of(v), f->unread + v->cluster, c);
-        for (int h = 0; h < g; h++) {
-            float *unread = f->unread + h * c + v->cluster, centre = f->centre[(v - f->views) * g + h];
-            for (int64_t j = 0; j < clusters_of(v); j++) unread[j] += centre;
-        }
+        p->base.kernels->retrieval->dot_i8(f->q, g, p->d, v->part.keys, v->part.key_scale, f->centre + (v - f->views) * g, clusters_of(v),
+                                           f->unread + v->cluster, c);
         memcpy(f->count + v->cluster, v->part.count, (size_t)clusters_of(v) * sizeof *f->count);
     }
     memcpy(f->left, f->count, (size_t)c * sizeof *f->left);
@@ -321,25 +326,21 @@ void ivfpq_tail(const attn_policy *policy, int layer, int head, const float *q, 
     const ivfpq *p = (const ivfpq *)policy;
     if (sel->all || p->options.tail == 0) return;
     const found *f = (const found *)((const char *)sel->ids - FOUND_BYTES);
+    const retrieval_kernels *kernels = p->base.kernels->retrieval;
     int64_t n_clusters = f->n_clusters, n = sel->n;
     int d = p->d;
     if (n_clusters == 0) return;
     correct(p, f, n, scores);
     for (int h = 0; h < p->group; h++) {
-        float *e = f->unread + h * n_clusters, max, mass = 0;
+        float *e = f->unread + h * n_clusters, max;
         p->base.kernels->vector->softmax_exp(e, n_clusters, &max);
-        float top = max > state->m[h] ? max : state->m[h], before = expf(state->m[h] - top), now = expf(max - top);
-        for (int64_t c = 0; c < n_clusters; c++) {
-            e[c] *= f->left[c] > 0 ? now : 0;
-            mass += e[c] * f->left[c];
-        }
+        float top = max > state->m[h] ? max : state->m[h], before = expf(state->m[h] - top);
+        float mass = kernels->weigh(e, f->left, expf(max - top), n_clusters);
         for (int64_t i = 0; i < n; i++) f->weights[h * n + i] = f->cluster[i] < 0 ? 0 : -e[f->cluster[i]];
-        for (int64_t c = 0; c < n_clusters; c++) e[c] *= f->count[c];
         state->l[h] = state->l[h] * before + mass;
         state->m[h] = top;
         for (int i = 0; i < d; i++) state->o[h * d + i] *= before;
     }
-    const retrieval_kernels *kernels = p->base.kernels->retrieval;
     for (const view *v = f->views; v < f->views + f->n_views; v++)
         kernels->accumulate_i8(f->unread + v->cluster, n_clusters, p->group, d, v->part.values, v->part.value_scale, clusters_of(v),
                                state->o);

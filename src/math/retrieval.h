@@ -33,8 +33,11 @@ typedef struct retrieval_kernels {
     int64_t (*count)(const uint16_t *keys, int64_t n, uint16_t threshold);
     /* ids of the keys > threshold, and of the first *n_ties equal to it (*n_ties counts down), ascending: ids[…] = first + index. n is a multiple of SCAN_BLOCK. Returns how many. */
     int64_t (*collect)(const uint16_t *keys, int64_t n, uint16_t threshold, int64_t *n_ties, int32_t first, int32_t *ids);
-    /* out[h * stride + c] = scale[c] * sum over i of q[h][i] * x[c][i], c < n; x int8 [n][d], d a multiple of 8. */
-    void (*dot_i8)(const float *q, int g, int d, const int8_t *x, const float *scale, int64_t n, float *out, int64_t stride);
+    /* out[h * stride + c] = bias[h] + scale[c] * sum over i of q[h][i] * x[c][i], c < n; x int8 [n][d], d a multiple of 8. */
+    void (*dot_i8)(const float *q, int g, int d, const int8_t *x, const float *scale, const float *bias, int64_t n, float *out,
+                   int64_t stride);
+    /* e[c] = left[c] > 0 ? e[c] * factor : 0; returns the sum of e[c] * left[c]. */
+    float (*weigh)(float *e, const float *left, float factor, int64_t n);
     /* o[h][i] += sum over c of w[h * stride + c] * scale[c] * x[c][i]. Clusters whose weights are all 0 may be skipped. */
     void (*accumulate_i8)(const float *w, int64_t stride, int g, int d, const int8_t *x, const float *scale, int64_t n, float *o);
     /* o[h][i] += sum over r of w[h][r] * value of rows[r][i]; w[g][n], K|V rows as in math/attention.h. */

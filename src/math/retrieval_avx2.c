@@ -212,7 +212,8 @@ INLINE __m256 load_i8(const int8_t *x)
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x)));
 }
 
-INLINE void dot_heads(const float *q, const int g, int d, const int8_t *x, const float *scale, int64_t n, float *out, int64_t stride)
+INLINE void dot_heads(const float *q, const int g, int d, const int8_t *x, const float *scale, const float *bias, int64_t n, float *out,
+                      int64_t stride)
 {
     for (int64_t c = 0; c < n; c += 4) {
         const int8_t *row[4];
@@ -230,19 +231,34 @@ INLINE void dot_heads(const float *q, const int g, int d, const int8_t *x, const
                 for (int h = 0; h < g; h++) sum[h][r] = _mm256_fmadd_ps(_mm256_loadu_ps(q + h * d + i), v, sum[h][r]);
             }
         for (int h = 0; h < g; h++) {
-            _mm_storeu_ps(result, _mm_mul_ps(_mm_loadu_ps(factor), sum4(sum[h][0], sum[h][1], sum[h][2], sum[h][3])));
+            _mm_storeu_ps(result,
+                          _mm_fmadd_ps(_mm_loadu_ps(factor), sum4(sum[h][0], sum[h][1], sum[h][2], sum[h][3]), _mm_set1_ps(bias[h])));
             memcpy(out + h * stride + c, result, (size_t)(n - c < 4 ? n - c : 4) * sizeof *out);
         }
     }
 }
 
-static void dot_i8_avx2(const float *q, int g, int d, const int8_t *x, const float *scale, int64_t n, float *out, int64_t stride)
+static void dot_i8_avx2(const float *q, int g, int d, const int8_t *x, const float *scale, const float *bias, int64_t n, float *out,
+                        int64_t stride)
 {
     for (int h = 0; h < g; h += 2)
         if (g - h >= 2)
-            dot_heads(q + h * d, 2, d, x, scale, n, out + h * stride, stride);
+            dot_heads(q + h * d, 2, d, x, scale, bias + h, n, out + h * stride, stride);
         else
-            dot_heads(q + h * d, 1, d, x, scale, n, out + h * stride, stride);
+            dot_heads(q + h * d, 1, d, x, scale, bias + h, n, out + h * stride, stride);
+}
+
+static float weigh_avx2(float *e, const float *left, float factor, int64_t n)
+{
+    __m256 mass = _mm256_setzero_ps(), scale = _mm256_set1_ps(factor);
+    int64_t c = 0;
+    for (; c + 8 <= n; c += 8) {
+        __m256 rest = _mm256_loadu_ps(left + c), x = _mm256_mul_ps(_mm256_loadu_ps(e + c), scale);
+        x = _mm256_and_ps(x, _mm256_cmp_ps(rest, _mm256_setzero_ps(), _CMP_GT_OQ));
+        _mm256_storeu_ps(e + c, x);
+        mass = _mm256_fmadd_ps(x, rest, mass);
+    }
+    return _mm_cvtss_f32(sum4(mass, mass, mass, mass)) + retrieval_scalar.weigh(e + c, left + c, factor, n - c);
 }
 
 /* The sums of 8 * dims dimensions of g heads stay in registers. */
@@ -398,6 +414,7 @@ const retrieval_kernels retrieval_avx2 = {
     .count = count_avx2,
     .collect = collect_avx2,
     .dot_i8 = dot_i8_avx2,
+    .weigh = weigh_avx2,
     .accumulate_i8 = accumulate_i8_avx2,
     .accumulate_rows = accumulate_rows_avx2,
     .nearest = nearest_avx2,

@@ -177,7 +177,8 @@ INLINE __m128 sum4(__m512 a, __m512 b, __m512 c, __m512 e)
     return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
 }
 
-INLINE void dot_heads(const float *q, const int g, int d, const int8_t *x, const float *scale, int64_t n, float *out, int64_t stride)
+INLINE void dot_heads(const float *q, const int g, int d, const int8_t *x, const float *scale, const float *bias, int64_t n, float *out,
+                      int64_t stride)
 {
     for (int64_t c = 0; c < n; c += 4) {
         const int8_t *row[4];
@@ -198,24 +199,40 @@ INLINE void dot_heads(const float *q, const int g, int d, const int8_t *x, const
         __mmask8 valid = (__mmask8)lanes(n - c < 4 ? n - c : 4);
         __m128 factor = _mm_maskz_loadu_ps(valid, scale + c);
         for (int h = 0; h < g; h++)
-            _mm_mask_storeu_ps(out + h * stride + c, valid, _mm_mul_ps(factor, sum4(sum[h][0], sum[h][1], sum[h][2], sum[h][3])));
+            _mm_mask_storeu_ps(out + h * stride + c, valid,
+                               _mm_fmadd_ps(factor, sum4(sum[h][0], sum[h][1], sum[h][2], sum[h][3]), _mm_set1_ps(bias[h])));
     }
 }
 
-static void dot_i8_avx512(const float *q, int g, int d, const int8_t *x, const float *scale, int64_t n, float *out, int64_t stride)
+static void dot_i8_avx512(const float *q, int g, int d, const int8_t *x, const float *scale, const float *bias, int64_t n, float *out,
+                          int64_t stride)
 {
     for (int h = 0; h < g; h += 4) {
         const float *part = q + h * d;
         int rest = g - h;
         if (rest >= 4)
-            dot_heads(part, 4, d, x, scale, n, out + h * stride, stride);
+            dot_heads(part, 4, d, x, scale, bias + h, n, out + h * stride, stride);
         else if (rest == 3)
-            dot_heads(part, 3, d, x, scale, n, out + h * stride, stride);
+            dot_heads(part, 3, d, x, scale, bias + h, n, out + h * stride, stride);
         else if (rest == 2)
-            dot_heads(part, 2, d, x, scale, n, out + h * stride, stride);
+            dot_heads(part, 2, d, x, scale, bias + h, n, out + h * stride, stride);
         else
-            dot_heads(part, 1, d, x, scale, n, out + h * stride, stride);
+            dot_heads(part, 1, d, x, scale, bias + h, n, out + h * stride, stride);
     }
+}
+
+static float weigh_avx512(float *e, const float *left, float factor, int64_t n)
+{
+    __m512 mass = _mm512_setzero_ps(), scale = _mm512_set1_ps(factor);
+    for (int64_t c = 0; c < n; c += 16) {
+        __mmask16 mask = lanes(n - c);
+        __m512 rest = _mm512_maskz_loadu_ps(mask, left + c);
+        __m512 x =
+            _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(rest, _mm512_setzero_ps(), _CMP_GT_OQ), _mm512_maskz_loadu_ps(mask, e + c), scale);
+        _mm512_mask_storeu_ps(e + c, mask, x);
+        mass = _mm512_fmadd_ps(x, rest, mass);
+    }
+    return _mm512_reduce_add_ps(mass);
 }
 
 /* The sums of 64 dimensions of g heads stay in registers. */
@@ -383,6 +400,7 @@ const retrieval_kernels retrieval_avx512 = {
     .count = count_avx512,
     .collect = collect_avx512,
     .dot_i8 = dot_i8_avx512,
+    .weigh = weigh_avx512,
     .accumulate_i8 = accumulate_i8_avx512,
     .accumulate_rows = accumulate_rows_avx512,
     .nearest = nearest_avx512,

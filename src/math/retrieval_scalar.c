@@ -91,15 +91,26 @@ static int64_t collect_scalar(const uint16_t *keys, int64_t n, uint16_t threshol
     return found;
 }
 
-static void dot_i8_scalar(const float *q, int g, int d, const int8_t *x, const float *scale, int64_t n, float *out, int64_t stride)
+static void dot_i8_scalar(const float *q, int g, int d, const int8_t *x, const float *scale, const float *bias, int64_t n, float *out,
+                          int64_t stride)
 {
     for (int64_t c = 0; c < n; c++) {
         for (int h = 0; h < g; h++) {
             float sum = 0;
             for (int i = 0; i < d; i++) sum += q[h * d + i] * x[c * d + i];
-            out[h * stride + c] = sum * scale[c];
+            out[h * stride + c] = bias[h] + sum * scale[c];
         }
     }
+}
+
+static float weigh_scalar(float *e, const float *left, float factor, int64_t n)
+{
+    float mass = 0;
+    for (int64_t c = 0; c < n; c++) {
+        e[c] = left[c] > 0 ? e[c] * factor : 0;
+        mass += e[c] * left[c];
+    }
+    return mass;
 }
 
 static void accumulate_i8_scalar(const float *w, int64_t stride, int g, int d, const int8_t *x, const float *scale, int64_t n, float *o)
@@ -177,6 +188,7 @@ const retrieval_kernels retrieval_scalar = {
     .count = count_scalar,
     .collect = collect_scalar,
     .dot_i8 = dot_i8_scalar,
+    .weigh = weigh_scalar,
     .accumulate_i8 = accumulate_i8_scalar,
     .accumulate_rows = accumulate_rows_scalar,
     .nearest = nearest_scalar,

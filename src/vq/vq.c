@@ -95,6 +95,57 @@ quarry_code vq_kmeans(const math_kernels *kernels, const vq_points *points, int 
     return QUARRY_OK;
 }
 
+/* Scratch of one group: its members, their points in both orders, and what Lloyd's iterations need. */
+typedef struct group_scratch {
+    int64_t *member;
+    float *rows, *columns, *centroids, *value, *half;
+    int32_t *assign, *counts;
+} group_scratch;
+
+static bool group_scratch_make(group_scratch *g, size_t n, size_t k, size_t d, arena *scratch, quarry_error *error)
+{
+    g->member = arena_alloc(scratch, n, sizeof *g->member, error);
+    g->rows = arena_alloc(scratch, n * d, sizeof *g->rows, error);
+    g->columns = arena_alloc(scratch, (size_t)vq_column_stride((int64_t)n) * d, sizeof *g->columns, error);
+    g->centroids = arena_alloc(scratch, k * d, sizeof *g->centroids, error);
+    g->value = arena_alloc(scratch, n, sizeof *g->value, error);
+    g->half = arena_alloc(scratch, k, sizeof *g->half, error);
+    g->assign = arena_alloc(scratch, n, sizeof *g->assign, error);
+    g->counts = arena_alloc(scratch, k, sizeof *g->counts, error);
+    return g->member && g->rows && g->columns && g->centroids && g->value && g->half && g->assign && g->counts;
+}
+
+quarry_code vq_cluster(const math_kernels *kernels, const vq_points *x, int k, int iterations, uint64_t seed, int32_t *assign,
+                       int32_t *n_clusters, arena *scratch, quarry_error *error)
+{
+    int n_groups = (int)sqrtf((float)k);
+    int64_t d = x->d, seen = 0;
+    group_scratch g;
+    int32_t *group = arena_alloc(scratch, (size_t)x->n, sizeof *group, error);
+    if (!group || !group_scratch_make(&g, (size_t)x->n, (size_t)k, (size_t)d, scratch, error)) return QUARRY_ERROR_MEMORY;
+    lloyd(kernels, x, n_groups, iterations, seed, g.centroids, group, g.counts, g.value, g.half);
+    *n_clusters = 0;
+    for (int j = 0; j < n_groups; j++) {
+        vq_points part = {g.rows, g.columns, 0, d, 0, x->d};
+        for (int64_t t = 0; t < x->n; t++) {
+            if (group[t] != j) continue;
+            memcpy(g.rows + part.n * d, x->rows + t * x->row_stride, (size_t)d * sizeof *g.rows);
+            g.member[part.n++] = t;
+        }
+        if (part.n == 0) continue;
+        /* one cluster, and of the others as many as the group has of the points */
+        int64_t before = seen * (k - n_groups) / x->n;
+        seen += part.n;
+        int clusters = 1 + (int)(seen * (k - n_groups) / x->n - before);
+        part.column_stride = vq_column_stride(part.n);
+        vq_transpose(g.rows, d, part.n, x->d, g.columns, part.column_stride);
+        lloyd(kernels, &part, clusters, iterations, seed + (uint64_t)j, g.centroids, g.assign, g.counts, g.value, g.half);
+        for (int64_t i = 0; i < part.n; i++) assign[g.member[i]] = *n_clusters + g.assign[i];
+        *n_clusters += clusters;
+    }
+    return QUARRY_OK;
+}
+
 /* ---- product codes ---- */
 
 quarry_code vq_codebook_train(vq_codebook *b, const math_kernels *kernels, const vq_points *y, int iterations, uint64_t seed,

@@ -62,6 +62,11 @@ void vq_transpose(const float *rows, int64_t row_stride, int64_t n, int d, float
 quarry_code vq_kmeans(const math_kernels *kernels, const vq_points *points, int k, int iterations, uint64_t seed, float *centroids,
                       int32_t *assign, int32_t *counts, arena *scratch, quarry_error *error);
 
+/* At most k clusters by k-means in two levels, about sqrt(k) groups and then each group by itself: a fifth of the work of one level at k = 128. assign[n]; returns their number in *n_clusters (some may
+ * be empty). sqrt(n) <= k <= n. */
+quarry_code vq_cluster(const math_kernels *kernels, const vq_points *points, int k, int iterations, uint64_t seed, int32_t *assign,
+                       int32_t *n_clusters, arena *scratch, quarry_error *error);
+
 /* ---- product codes ---- */
 
 /* n_sub sub-vectors of d_sub = d / n_sub dimensions, 16 centroids each. */
