@@ -186,14 +186,10 @@ static void forced_instruction_set_is_checked(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(error_message_is_cut_not_overrun),
-        cmocka_unit_test(overflowing_sizes_are_out_of_memory),
-        cmocka_unit_test(injected_failure_hits_the_nth_allocation),
-        cmocka_unit_test(arena_blocks_are_aligned_and_do_not_overlap),
-        cmocka_unit_test(random_numbers_follow_the_reference),
-        cmocka_unit_test(every_task_runs_once),
-        cmocka_unit_test(callers_on_several_threads_take_turns),
-        cmocka_unit_test(wrong_number_of_threads_is_an_error),
+        cmocka_unit_test(error_message_is_cut_not_overrun),         cmocka_unit_test(overflowing_sizes_are_out_of_memory),
+        cmocka_unit_test(injected_failure_hits_the_nth_allocation), cmocka_unit_test(arena_blocks_are_aligned_and_do_not_overlap),
+        cmocka_unit_test(random_numbers_follow_the_reference),      cmocka_unit_test(every_task_runs_once),
+        cmocka_unit_test(callers_on_several_threads_take_turns),    cmocka_unit_test(wrong_number_of_threads_is_an_error),
         cmocka_unit_test(forced_instruction_set_is_checked),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

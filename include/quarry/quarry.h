@@ -84,10 +84,10 @@ typedef struct quarry_watch {
 typedef struct quarry_model quarry_model;
 
 typedef struct quarry_model_params {
-    int n_threads;          /* 0: one per available core */
-    bool no_mmap;           /* read the file instead of mapping it */
+    int n_threads;             /* 0: one per available core */
+    bool no_mmap;              /* read the file instead of mapping it */
     const char *chat_template; /* NULL: recognise the model's own; otherwise the name of a family, e.g. "chatml" */
-    quarry_log_fn log;      /* NULL: silent */
+    quarry_log_fn log;         /* NULL: silent */
     void *log_data;
 } quarry_model_params;
 
@@ -103,7 +103,7 @@ typedef struct quarry_model_info {
     const char *tokenizer;     /* e.g. "gpt2/smollm" */
     const char *kernels;       /* kernels chosen for this processor, e.g. "avx512vnni" */
     int n_layer, n_head, n_head_kv, head_dim, n_embd, n_vocab, n_threads;
-    int64_t n_ctx_train;       /* tokens of context the model was trained for */
+    int64_t n_ctx_train; /* tokens of context the model was trained for */
     int64_t n_params;
     size_t weight_bytes;       /* memory the weights take */
     size_t kv_bytes_per_token; /* memory one token's K|V rows take, all layers */
@@ -115,7 +115,8 @@ QUARRY_API void quarry_model_get_info(const quarry_model *model, quarry_model_in
 
 /* Tokenises n_bytes of text into a new array, freed with quarry_free. with_special: add what the model expects at the start
  * (BOS) and recognise special tokens written out, e.g. "<|im_end|>". Returns the number of tokens, or a negative code. */
-QUARRY_API int64_t quarry_tokenize(const quarry_model *model, const char *text, size_t n_bytes, bool with_special, int32_t **tokens, quarry_error *error);
+QUARRY_API int64_t quarry_tokenize(const quarry_model *model, const char *text, size_t n_bytes, bool with_special, int32_t **tokens,
+                                   quarry_error *error);
 
 /* The bytes of one token (may be part of a character). Special tokens give their written form. Lives as long as the model. */
 QUARRY_API const char *quarry_token_text(const quarry_model *model, int32_t token, size_t *n_bytes);
@@ -138,7 +139,8 @@ typedef struct quarry_prompt {
     int64_t n_context, n_question;
 } quarry_prompt;
 
-QUARRY_API int quarry_prompt_build(const quarry_model *model, const quarry_document *documents, int n_documents, const char *system, const char *question, quarry_prompt *prompt, quarry_error *error);
+QUARRY_API int quarry_prompt_build(const quarry_model *model, const quarry_document *documents, int n_documents, const char *system,
+                                   const char *question, quarry_prompt *prompt, quarry_error *error);
 QUARRY_API void quarry_prompt_free(quarry_prompt *prompt);
 
 /* ---- session --------------------------------------------------------------------------------------------------- */
@@ -160,10 +162,12 @@ QUARRY_API quarry_session *quarry_session_fork(const quarry_session *session, qu
 
 /* Appends tokens with dense attention, indexing keys as they leave the local window, and seals the index at the end.
  * Error CONTEXT (nothing is read) if they do not fit. After CANCELLED the session holds the tokens read so far. */
-QUARRY_API int quarry_session_read(quarry_session *session, const int32_t *tokens, int64_t n, const quarry_watch *watch, quarry_error *error);
+QUARRY_API int quarry_session_read(quarry_session *session, const int32_t *tokens, int64_t n, const quarry_watch *watch,
+                                   quarry_error *error);
 
 /* Appends tokens with the session's retrieval policy (a question, a generated token). Errors as quarry_session_read. */
-QUARRY_API int quarry_session_feed(quarry_session *session, const int32_t *tokens, int64_t n, const quarry_watch *watch, quarry_error *error);
+QUARRY_API int quarry_session_feed(quarry_session *session, const int32_t *tokens, int64_t n, const quarry_watch *watch,
+                                   quarry_error *error);
 
 /* Logits [n_vocab] for the token after the last one; NULL before anything was read. Valid until the next call on the session. */
 QUARRY_API const float *quarry_session_logits(const quarry_session *session);
@@ -185,7 +189,7 @@ typedef struct quarry_sampling {
     float repeat_penalty; /* 1: off */
     int repeat_last_n;    /* tokens the penalty looks back */
     uint64_t seed;
-    int64_t max_tokens;   /* < 0: until the context is full */
+    int64_t max_tokens;      /* < 0: until the context is full */
     const char *const *stop; /* stop strings, not part of the answer */
     int n_stop;
     const int32_t *bias_tokens; /* logit bias: bias_values[i] is added to the logit of bias_tokens[i] */
@@ -197,14 +201,21 @@ typedef struct quarry_sampling {
 /* Defaults: greedy, repeat_penalty 1, max_tokens -1. */
 QUARRY_API void quarry_sampling_default(quarry_sampling *sampling);
 
-typedef enum quarry_stop_reason { QUARRY_STOP_END, QUARRY_STOP_STRING, QUARRY_STOP_LENGTH, QUARRY_STOP_CONTEXT, QUARRY_STOP_CALLBACK } quarry_stop_reason;
+typedef enum quarry_stop_reason {
+    QUARRY_STOP_END,
+    QUARRY_STOP_STRING,
+    QUARRY_STOP_LENGTH,
+    QUARRY_STOP_CONTEXT,
+    QUARRY_STOP_CALLBACK
+} quarry_stop_reason;
 
 /* Generates after the last token, streaming text. Tokens generated become part of the session. Returns 0 or a negative code;
  * *reason (may be NULL) tells why it stopped. */
-QUARRY_API int quarry_session_generate(quarry_session *session, const quarry_sampling *sampling, quarry_text_fn on_text, void *data, quarry_stop_reason *reason, quarry_error *error);
+QUARRY_API int quarry_session_generate(quarry_session *session, const quarry_sampling *sampling, quarry_text_fn on_text, void *data,
+                                       quarry_stop_reason *reason, quarry_error *error);
 
 typedef struct quarry_stats {
-    int64_t n_read, n_fed, n_generated;          /* tokens: dense, question, answer */
+    int64_t n_read, n_fed, n_generated; /* tokens: dense, question, answer */
     double read_seconds, feed_seconds, generate_seconds;
     double kv_bytes_per_step;                    /* mean bytes of KV and index read per generated token */
     double kv_bytes_full;                        /* what full attention would have read */

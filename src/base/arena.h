@@ -11,7 +11,7 @@ typedef struct arena_block arena_block;
 typedef struct arena {
     arena_block *block; /* newest */
     size_t n_bytes;     /* held from the system */
-} arena; /* zero-initialise */
+} arena;                /* zero-initialise */
 
 /* n * size bytes aligned to 64, not cleared; valid until arena_reset or arena_free. NULL and *error on failure. */
 void *arena_alloc(arena *a, size_t n, size_t size, quarry_error *error);

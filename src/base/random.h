@@ -10,8 +10,8 @@ typedef struct random_state {
 
 void random_seed(random_state *r, uint64_t seed);
 uint64_t random_u64(random_state *r);
-double random_unit(random_state *r);                 /* uniform in [0, 1) */
-uint64_t random_below(random_state *r, uint64_t n);  /* uniform in [0, n), n > 0 */
-double random_normal(random_state *r);               /* mean 0, variance 1 (Box-Muller) */
+double random_unit(random_state *r);                /* uniform in [0, 1) */
+uint64_t random_below(random_state *r, uint64_t n); /* uniform in [0, n), n > 0 */
+double random_normal(random_state *r);              /* mean 0, variance 1 (Box-Muller) */
 
 #endif

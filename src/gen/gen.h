@@ -8,7 +8,8 @@
 /* ---- sessions with several policies: a document is read once and asked under each ---- */
 
 /* As quarry_session_open, with n_policies specs (first one active); every policy observes and indexes while the session reads. */
-quarry_session *session_open_policies(quarry_model *model, const quarry_session_params *params, const char *const *specs, int n_policies, quarry_error *error);
+quarry_session *session_open_policies(quarry_model *model, const quarry_session_params *params, const char *const *specs, int n_policies,
+                                      quarry_error *error);
 /* Makes policy i answer from now on. Forks keep all policies. */
 void session_use_policy(quarry_session *session, int i);
 /* A fork that keeps only policy i. */

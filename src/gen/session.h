@@ -10,15 +10,15 @@ struct quarry_session {
     quarry_model *model;
     quarry_session_params params; /* attn is not kept */
     bool beyond_training;
-    token_list tokens;   /* what kv holds, token by token */
+    token_list tokens; /* what kv holds, token by token */
     kv_seq *kv;
     attn_policy *policies[SESSION_MAX_POLICIES]; /* linked by `also` */
     int n_policies, active;
     forward_scratch *scratch;
-    float *logits;       /* [n_vocab] */
+    float *logits; /* [n_vocab] */
     bool has_logits;
     quarry_stats stats;
-    attn_cost sparse_cost; /* of all sparse tokens since opened or forked */
+    attn_cost sparse_cost;            /* of all sparse tokens since opened or forked */
     double kv_bytes_sum, kv_full_sum; /* over n_steps generated tokens */
     int64_t n_steps;
 };

@@ -31,7 +31,8 @@ typedef struct attention_kernels {
 
     /* Dense tile: nq query vectors (q[nq][d], scaled) over n <= 64 contiguous rows, query i seeing the first limit[i] of them (0 <= limit[i] <= n); states are
      * m[nq], l[nq], o[nq][d]. scratch: attention_tile_scratch bytes, aligned to 64. */
-    void (*tile)(const float *q, const int *limit, int nq, int d, kv_type type, const void *rows, int n, void *scratch, attention_state *state);
+    void (*tile)(const float *q, const int *limit, int nq, int d, kv_type type, const void *rows, int n, void *scratch,
+                 attention_state *state);
 } attention_kernels;
 
 enum { ATTENTION_TILE = 64 }; /* rows per dense tile */

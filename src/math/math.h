@@ -10,9 +10,9 @@
 #include "math/vector.h"
 
 typedef struct math_kernels {
-    const char *isa;                  /* name of the level chosen */
-    const vector_kernels *vector;     /* norm, RoPE, activation, conversions */
-    const matmul_kernels *matmul;     /* quantised matrix products */
+    const char *isa;                    /* name of the level chosen */
+    const vector_kernels *vector;       /* norm, RoPE, activation, conversions */
+    const matmul_kernels *matmul;       /* quantised matrix products */
     const attention_kernels *attention; /* attention over K|V rows */
     const retrieval_kernels *retrieval; /* code scans, cluster scores and tails */
 } math_kernels;

@@ -21,13 +21,14 @@ typedef struct weight {
     int64_t n_out, n_in; /* rows, columns */
     const void *data;    /* packed panels or source blocks, row after row */
     size_t n_bytes;
-    bool packed;         /* data is in panels and owned; otherwise data belongs to the caller (or to an earlier weight_own) */
+    bool packed; /* data is in panels and owned; otherwise data belongs to the caller (or to an earlier weight_own) */
     bool owned;
 } weight;
 
 /* Makes *w from source blocks [n_out][n_in]. Packs where that pays: w then owns memory and no longer needs source (true in w->packed). Otherwise w
  * refers to source, which must outlive it. Error: MEMORY; UNSUPPORTED if n_in is no multiple of the block. Parallel over the pool. */
-quarry_code weight_make(weight *w, const matmul_kernels *kernels, thread_pool *pool, block_type type, int64_t n_out, int64_t n_in, const void *source, quarry_error *error);
+quarry_code weight_make(weight *w, const matmul_kernels *kernels, thread_pool *pool, block_type type, int64_t n_out, int64_t n_in,
+                        const void *source, quarry_error *error);
 void weight_free(weight *w);
 /* out[n_in] = row `row` dequantised exactly as the source blocks say (embedding look-up). */
 void weight_row(const weight *w, int64_t row, float *out);
@@ -35,8 +36,8 @@ void weight_row(const weight *w, int64_t row, float *out);
 /* Activations of n_rows vectors of n_in floats; memory is the caller's. */
 typedef struct activations {
     int64_t n_rows, n_in;
-    const float *x;    /* [n_rows][n_in], the caller's */
-    void *quantized;   /* activations_bytes() bytes, aligned to 64 */
+    const float *x;  /* [n_rows][n_in], the caller's */
+    void *quantized; /* activations_bytes() bytes, aligned to 64 */
 } activations;
 
 size_t activations_bytes(int64_t n_rows, int64_t n_in);

@@ -50,6 +50,7 @@ arena *forward_scratch_threads(forward_scratch *s); /* [pool size] arenas, for a
 /* Runs rows through all layers, writes their K|V rows, and puts the logits of the rows that want them, in order, into logits[·][n_vocab]. cost[n], if not NULL, receives bytes
  * read per row. cancel, if not NULL, is asked between layers. On success kv lengths are committed; on any error they are as before. The caller holds the model's lock. */
 typedef bool (*forward_cancel_fn)(void *data); /* true: stop */
-quarry_code model_forward(quarry_model *m, forward_scratch *s, const forward_row *rows, int64_t n, float *logits, attn_cost *cost, forward_cancel_fn cancel, void *data, quarry_error *error);
+quarry_code model_forward(quarry_model *m, forward_scratch *s, const forward_row *rows, int64_t n, float *logits, attn_cost *cost,
+                          forward_cancel_fn cancel, void *data, quarry_error *error);
 
 #endif

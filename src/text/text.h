@@ -34,8 +34,8 @@ quarry_code tokenizer_encode(const tokenizer *t, const char *text, size_t n_byte
 
 /* Decoded bytes of one token (special tokens: their written form), not NUL-terminated; NULL for an id out of range. */
 const char *tokenizer_token_bytes(const tokenizer *t, int32_t id, size_t *n_bytes);
-bool tokenizer_is_special(const tokenizer *t, int32_t id); /* control tokens: not part of shown text */
-bool tokenizer_is_end(const tokenizer *t, int32_t id);     /* EOS, EOT, EOM, <|im_end|>, … */
+bool tokenizer_is_special(const tokenizer *t, int32_t id);     /* control tokens: not part of shown text */
+bool tokenizer_is_end(const tokenizer *t, int32_t id);         /* EOS, EOT, EOM, <|im_end|>, … */
 int32_t tokenizer_find(const tokenizer *t, const char *piece); /* id of a token written exactly so, or -1 */
 int64_t tokenizer_size(const tokenizer *t);
 int32_t tokenizer_bos(const tokenizer *t); /* -1 if none */
@@ -61,7 +61,9 @@ typedef struct chat_template chat_template; /* a family: static, immutable */
 /* Recognises the family of a Jinja template by its markers; name (a family) overrides it. Errors UNSUPPORTED: unknown template (says to use --chat-template and lists the
  * families), or unknown name. template_text may be NULL when name is given. */
 const chat_template *chat_template_find(const char *template_text, const char *name, quarry_error *error);
-const char *chat_template_name(const chat_template *c); /* "chatml", "llama-2", "llama-3", "llama-3.1", "mistral", "mistral-v1", …, "gemma", "phi-3", "zephyr", "deepseek", … */
+const char *chat_template_name(
+    const chat_template
+        *c); /* "chatml", "llama-2", "llama-3", "llama-3.1", "mistral", "mistral-v1", …, "gemma", "phi-3", "zephyr", "deepseek", … */
 
 typedef struct chat_part {
     const char *text;
@@ -79,8 +81,10 @@ typedef struct chat_message {
  * (a document cannot forge a turn), each part apart. first: the conversation starts here (BOS, default system prompt if the template has one). *split, if not
  * NULL, receives the list's length just before the last part of the last message (so that what precedes a question can be kept). Errors (the list is as it was): MEMORY, ARGUMENT (a role not named above; a system
  * message that no user message follows, where the family puts it into the user's). */
-quarry_code chat_encode(const chat_template *c, const tokenizer *t, const char *template_text, const chat_message *messages, int n_messages, bool first, bool add_generation_prompt, token_list *list, int64_t *split, quarry_error *error);
+quarry_code chat_encode(const chat_template *c, const tokenizer *t, const char *template_text, const chat_message *messages, int n_messages,
+                        bool first, bool add_generation_prompt, token_list *list, int64_t *split, quarry_error *error);
 /* The same as text, for tests and `/apply-template`; free with memory_free. */
-char *chat_render(const chat_template *c, const char *template_text, const chat_message *messages, int n_messages, bool first, bool add_generation_prompt, quarry_error *error);
+char *chat_render(const chat_template *c, const char *template_text, const chat_message *messages, int n_messages, bool first,
+                  bool add_generation_prompt, quarry_error *error);
 
 #endif
