@@ -48,6 +48,7 @@ static void bench_shape(const matmul_kernels *kernels, const char *isa, thread_p
                         int64_t n_rows)
 {
     const block_info *info = block_info_get(type);
+    if (n_in % info->n_weights != 0) return;
     random_state r;
     random_seed(&r, 1);
     size_t n_bytes = (size_t)(n_out * n_in / info->n_weights) * info->n_bytes;
