@@ -1,12 +1,6 @@
-#include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <string.h>
+#include "test.h"
 
-#include <cmocka.h>
+#include <math.h>
 
 #include "math/blocks.h"
 
@@ -114,7 +108,7 @@ static void test_quantised_values_stay_within_a_step(void **state)
         {BLOCK_Q4_0, 1.0f / 8}, {BLOCK_Q4_1, 1.0f / 15}, {BLOCK_Q5_0, 1.0f / 16}, {BLOCK_Q5_1, 1.0f / 31}, {BLOCK_Q8_0, 0.5f / 127}};
     float x[32], y[32];
     for (int i = 0; i < 32; i++) x[i] = (float)(2 * i - 31) / 31;
-    for (size_t c = 0; c < sizeof cases / sizeof cases[0]; c++) {
+    for (size_t c = 0; c < TEST_COUNT(cases); c++) {
         uint8_t blocks[64];
         assert_true(block_quantize(cases[c].type, x, 32, blocks));
         block_dequantize(cases[c].type, blocks, 32, y);
@@ -128,7 +122,7 @@ static void test_quantising_what_is_not_finite_does_not_trap(void **state)
     (void)state;
     static const block_type types[] = {BLOCK_F16, BLOCK_BF16, BLOCK_Q4_0, BLOCK_Q4_1, BLOCK_Q5_0, BLOCK_Q5_1, BLOCK_Q8_0};
     float x[32] = {NAN, INFINITY, -INFINITY, 3e38f, -3e38f, 1e-45f};
-    for (size_t i = 0; i < sizeof types / sizeof types[0]; i++) {
+    for (size_t i = 0; i < TEST_COUNT(types); i++) {
         uint8_t blocks[64];
         assert_true(block_quantize(types[i], x, 32, blocks));
     }

@@ -1,12 +1,6 @@
-#include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "test.h"
 
-#include <cmocka.h>
+#include <math.h>
 
 #include "base/base.h"
 #include "math/matmul.h"
@@ -14,7 +8,6 @@
 static const block_type quantized_types[] = {BLOCK_Q4_0, BLOCK_Q4_1, BLOCK_Q5_0, BLOCK_Q5_1, BLOCK_Q8_0,  BLOCK_Q2_K,
                                              BLOCK_Q3_K, BLOCK_Q4_K, BLOCK_Q5_K, BLOCK_Q6_K, BLOCK_IQ4_NL};
 static const block_type float_types[] = {BLOCK_F32, BLOCK_F16, BLOCK_BF16};
-#define COUNT(a) (sizeof(a) / sizeof((a)[0]))
 
 /* The tables this machine can run, the specification first. */
 static int kernels_here(const matmul_kernels **tables)
@@ -147,7 +140,7 @@ static void check_against_doubles(block_type type, int64_t n_out, int64_t n_in, 
 static void test_quantised_products_agree_with_doubles(void **state)
 {
     (void)state;
-    for (size_t i = 0; i < COUNT(quantized_types); i++) {
+    for (size_t i = 0; i < TEST_COUNT(quantized_types); i++) {
         check_against_doubles(quantized_types[i], 37, 256, 1e-6);
         check_against_doubles(quantized_types[i], 16, 768, 1e-6);
         if (block_info_get(quantized_types[i])->n_weights == 32) check_against_doubles(quantized_types[i], 5, 96, 1e-6);
@@ -158,8 +151,8 @@ static void test_float_products_agree_with_doubles(void **state)
 {
     (void)state;
     static const int64_t shapes[][2] = {{1, 1}, {3, 7}, {17, 33}, {40, 576}, {16, 1003}};
-    for (size_t i = 0; i < COUNT(float_types); i++)
-        for (size_t s = 0; s < COUNT(shapes); s++) check_against_doubles(float_types[i], shapes[s][0], shapes[s][1], 2e-6);
+    for (size_t i = 0; i < TEST_COUNT(float_types); i++)
+        for (size_t s = 0; s < TEST_COUNT(shapes); s++) check_against_doubles(float_types[i], shapes[s][0], shapes[s][1], 2e-6);
 }
 
 /* Integer dot products are exact and the f32 chain has one order, so the instruction sets agree to the last bit. */
@@ -174,7 +167,7 @@ static void test_instruction_sets_agree_bit_for_bit(void **state)
     random_seed(&r, 7);
     float *x = random_floats(&r, N * N_IN), *expected = malloc(N * N_OUT * sizeof(float)), *y = malloc(N * N_OUT * sizeof(float));
     for (int i = 0; i < N_IN; i++) x[i + N_IN] *= 1e-20f, x[i + 2 * N_IN] = 0;
-    for (size_t k = 0; k < COUNT(quantized_types); k++) {
+    for (size_t k = 0; k < TEST_COUNT(quantized_types); k++) {
         uint8_t *blocks = random_blocks(&r, quantized_types[k], N_OUT * N_IN);
         weight w;
         assert_int_equal(weight_make(&w, tables[0], pool, quantized_types[k], N_OUT, N_IN, blocks, NULL), QUARRY_OK);
@@ -207,7 +200,7 @@ static void test_a_row_does_not_depend_on_its_batch_or_on_threads(void **state)
     random_state r;
     random_seed(&r, 8);
     float *x = random_floats(&r, N * N_IN), *alone = malloc(N * N_OUT * sizeof(float)), *y = malloc(N * N_OUT * sizeof(float));
-    for (size_t k = 0; k < COUNT(types); k++) {
+    for (size_t k = 0; k < TEST_COUNT(types); k++) {
         uint8_t *blocks = random_blocks(&r, types[k], N_OUT * N_IN);
         for (int i = 0; i < n_tables; i++) {
             weight w;
@@ -236,8 +229,8 @@ static void test_rows_come_back_as_the_source_says(void **state)
     thread_pool *pool = thread_pool_create(1, NULL);
     random_state r;
     random_seed(&r, 9);
-    for (size_t k = 0; k < COUNT(quantized_types) + COUNT(float_types); k++) {
-        block_type type = k < COUNT(quantized_types) ? quantized_types[k] : float_types[k - COUNT(quantized_types)];
+    for (size_t k = 0; k < TEST_COUNT(quantized_types) + TEST_COUNT(float_types); k++) {
+        block_type type = k < TEST_COUNT(quantized_types) ? quantized_types[k] : float_types[k - TEST_COUNT(quantized_types)];
         uint8_t *blocks = random_blocks(&r, type, N_OUT * N_IN);
         float expected[N_OUT * N_IN], row[N_IN];
         block_dequantize(type, blocks, N_OUT * N_IN, expected);
@@ -261,7 +254,7 @@ static void test_packed_weights_take_little_more_than_the_source(void **state)
     thread_pool *pool = thread_pool_create(1, NULL);
     random_state r;
     random_seed(&r, 10);
-    for (size_t k = 0; k < COUNT(quantized_types); k++) {
+    for (size_t k = 0; k < TEST_COUNT(quantized_types); k++) {
         uint8_t *blocks = random_blocks(&r, quantized_types[k], N_OUT * N_IN);
         const block_info *info = block_info_get(quantized_types[k]);
         weight w;
@@ -328,7 +321,7 @@ static void test_extreme_quants_are_exact(void **state)
     const matmul_kernels *tables[4];
     int n_tables = kernels_here(tables);
     thread_pool *pool = thread_pool_create(1, NULL);
-    for (size_t k = 0; k < COUNT(quantized_types); k++) {
+    for (size_t k = 0; k < TEST_COUNT(quantized_types); k++) {
         const block_info *info = block_info_get(quantized_types[k]);
         for (int fill = 0; fill < 3; fill++) {
             static const uint8_t fills[3] = {0x00, 0xff, 0x80}; /* 0x80 in Q8_0 is -128 */
@@ -359,7 +352,7 @@ static void test_scales_and_activations_that_are_not_finite_reach_the_output(voi
     thread_pool *pool = thread_pool_create(1, NULL);
     random_state r;
     random_seed(&r, 12);
-    for (size_t k = 0; k < COUNT(quantized_types); k++) {
+    for (size_t k = 0; k < TEST_COUNT(quantized_types); k++) {
         uint8_t *blocks = random_blocks(&r, quantized_types[k], N_OUT * N_IN);
         const block_info *info = block_info_get(quantized_types[k]);
         set_scale(quantized_types[k], blocks + 3 * N_IN / info->n_weights * info->n_bytes, 0, 0x7e00); /* row 3: NaN */
