@@ -103,6 +103,29 @@ static uint16_t load_u16(const uint8_t *p)
 
 const int8_t iq4_nl_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
+/* q[i] |= bit i of bits, moved to bit `to`; i < 8. */
+static void or_bits(uint8_t bits, int to, uint8_t *q)
+{
+    uint64_t word, spread = bits * 0x0101010101010101u & 0x8040201008040201u; /* byte i keeps bit i */
+    spread = ((spread + 0x7f7f7f7f7f7f7f7fu) & 0x8080808080808080u) >> (7 - to);
+    memcpy(&word, q, sizeof word);
+    word |= spread;
+    memcpy(q, &word, sizeof word);
+}
+
+/* out[n] |= bits [from, from + n_bits) of the bytes, moved to bit `to`. A loop that compilers vectorise. */
+static void or_field(const uint8_t *bytes, int n, int from, int n_bits, int to, uint8_t *out)
+{
+    const int mask = (1 << n_bits) - 1;
+    for (int i = 0; i < n; i++) out[i] |= (uint8_t)((bytes[i] >> from & mask) << to);
+}
+
+/* 256 quants of two bits: 32 bytes hold 128 of them, 32 to a shift. */
+static void split_crumbs(const uint8_t *plane, int to, uint8_t *q)
+{
+    for (int i = 0; i < 8; i++) or_field(plane + 32 * (i / 4), 32, 2 * (i % 4), 2, to, q + 32 * i);
+}
+
 /* The 32-weight types: nibbles with weight j low and j + 16 high in byte j, and a bit per weight for the fifth. */
 static void split_small(block_type type, const uint8_t *b, block_parts *p)
 {
@@ -118,15 +141,13 @@ static void split_small(block_type type, const uint8_t *b, block_parts *p)
         memcpy(p->q, b, 32);
         return;
     }
-    uint32_t high = 0;
-    if (traits->n_bits == 5) {
-        high = load_u16(b) | (uint32_t)load_u16(b + 2) << 16;
-        b += 4;
-    }
+    const uint8_t *high = b;
+    if (traits->n_bits == 5) b += 4;
     for (int j = 0; j < 16; j++) {
-        p->q[j] = (uint8_t)((b[j] & 15) | (high >> j & 1) << 4);
-        p->q[j + 16] = (uint8_t)(b[j] >> 4 | (high >> (j + 16) & 1) << 4);
+        p->q[j] = b[j] & 15;
+        p->q[j + 16] = b[j] >> 4;
     }
+    for (int j = 0; j < 32 && traits->n_bits == 5; j += 8) or_bits(high[j / 8], 4, p->q + j);
 }
 
 /* Eight 6-bit scales and mins in 12 bytes. */
@@ -146,21 +167,18 @@ static void split_q4_k_q5_k(block_type type, const uint8_t *b, block_parts *p)
     p->d = load_u16(b);
     p->m = load_u16(b + 2);
     split_scales_6bit(b + 4, p);
-    for (int i = 0; i < 256; i++) {
-        int chunk = i / 64, l = i % 32, upper = i / 32 % 2;
-        p->q[i] = (uint8_t)((q[32 * chunk + l] >> 4 * upper & 15) | (high ? (high[l] >> i / 32 & 1) << 4 : 0));
+    memset(p->q, 0, sizeof p->q);
+    for (int i = 0; i < 8; i++) {
+        or_field(q + 32 * (i / 2), 32, 4 * (i % 2), 4, 0, p->q + 32 * i);
+        if (high) or_field(high, 32, i, 1, 4, p->q + 32 * i);
     }
-}
-
-/* Quant i of a plane of 2-bit fields: 32 bytes hold 128 of them. */
-static uint8_t crumb(const uint8_t *plane, int i)
-{
-    return plane[32 * (i / 128) + i % 32] >> 2 * (i / 32 % 4) & 3;
 }
 
 static void split_q6_k(const uint8_t *b, block_parts *p)
 {
-    for (int i = 0; i < 256; i++) p->q[i] = (uint8_t)((b[64 * (i / 128) + i % 64] >> 4 * (i / 64 % 2) & 15) | crumb(b + 128, i) << 4);
+    memset(p->q, 0, sizeof p->q);
+    for (int i = 0; i < 4; i++) or_field(b + 64 * (i / 2), 64, 4 * (i % 2), 4, 0, p->q + 64 * i);
+    split_crumbs(b + 128, 4, p->q);
     memcpy(p->scale, b + 192, 16);
     p->d = load_u16(b + 208);
 }
@@ -168,7 +186,9 @@ static void split_q6_k(const uint8_t *b, block_parts *p)
 static void split_q3_k(const uint8_t *b, block_parts *p)
 {
     const uint8_t *s = b + 96;
-    for (int i = 0; i < 256; i++) p->q[i] = (uint8_t)(crumb(b + 32, i) | (b[i % 32] >> i / 32 & 1) << 2);
+    memset(p->q, 0, sizeof p->q);
+    split_crumbs(b + 32, 0, p->q);
+    for (int i = 0; i < 8; i++) or_field(b, 32, i, 1, 2, p->q + 32 * i);
     for (int i = 0; i < 16; i++) {
         int low = s[i % 8] >> 4 * (i / 8) & 15, high = s[8 + i % 4] >> 2 * (i / 4) & 3;
         p->scale[i] = (uint8_t)(int8_t)((low | high << 4) - 32);
@@ -182,7 +202,8 @@ static void split_q2_k(const uint8_t *b, block_parts *p)
         p->scale[i] = b[i] & 15;
         p->min[i] = b[i] >> 4;
     }
-    for (int i = 0; i < 256; i++) p->q[i] = crumb(b + 16, i);
+    memset(p->q, 0, sizeof p->q);
+    split_crumbs(b + 16, 0, p->q);
     p->d = load_u16(b + 80);
     p->m = load_u16(b + 82);
 }
