@@ -43,6 +43,14 @@ static uint8_t *bytes(random_state *r, size_t n)
     return x;
 }
 
+/* Entries of tables. */
+static uint8_t *entries(random_state *r, size_t n)
+{
+    uint8_t *x = bytes(r, n);
+    for (size_t i = 0; i < n; i++) x[i] &= SCAN_TOP;
+    return x;
+}
+
 static void assert_close(const float *a, const float *b, size_t n, float bound)
 {
     for (size_t i = 0; i < n; i++) {
@@ -58,7 +66,7 @@ static void scalar_scan_adds_the_tables_of_each_token(void **state)
     enum { SUB = 3, BLOCKS = 2 };
     random_state r;
     random_seed(&r, 1);
-    uint8_t *codes = bytes(&r, BLOCKS * SUB * 16), *lut = bytes(&r, 2 * SUB * 16);
+    uint8_t *codes = bytes(&r, BLOCKS * SUB * 16), *lut = entries(&r, 2 * SUB * 16);
     uint16_t offset[2] = {100, 65000}, out[2 * BLOCKS * 32];
     retrieval_scalar.scan(codes, SUB, BLOCKS, lut, 2, offset, out, BLOCKS * 32);
     for (int t = 0; t < BLOCKS * 32; t++) {
@@ -86,8 +94,8 @@ static void scan_equals_scalar_exactly(void **state)
         for (size_t i = 0; i < TEST_COUNT(subs); i++)
             for (int g = 1; g <= HEADS; g++) {
                 size_t n = (size_t)subs[i] * 16;
-                uint8_t *codes = bytes(&r, BLOCKS * n), *lut = bytes(&r, (size_t)g * n);
-                if (g == 2) memset(lut, 255, (size_t)g * n); /* the largest sums */
+                uint8_t *codes = bytes(&r, BLOCKS * n), *lut = entries(&r, (size_t)g * n);
+                if (g == 2) memset(lut, SCAN_TOP, (size_t)g * n); /* the largest sums */
                 uint16_t offset[HEADS], want[HEADS * STRIDE] = {0}, got[HEADS * STRIDE] = {0};
                 for (int h = 0; h < g; h++) offset[h] = (uint16_t)(g == 3 ? 65500 + h : (int)random_below(&r, 40000));
                 retrieval_scalar.scan(codes, subs[i], BLOCKS, lut, g, offset, want, STRIDE);
@@ -116,18 +124,18 @@ static void tables_equal_scalar_and_quantise_to_the_same_bytes(void **state)
             assert_close(got, want, SUB * 16, 1e-5f);
             assert_close(low, want_low, SUB, 1e-5f);
             assert_close(&range, &widest, 1, 1e-5f);
-            /* 300 / widest: some entries are above 255 */
-            retrieval_scalar.lut_quantise(want, want_low, 300 / widest, SUB, want_bytes);
-            k->lut_quantise(want, want_low, 300 / widest, SUB, got_bytes);
+            /* 80 / widest: some entries are above the top */
+            retrieval_scalar.lut_quantise(want, want_low, 80 / widest, SUB, want_bytes);
+            k->lut_quantise(want, want_low, 80 / widest, SUB, got_bytes);
             assert_memory_equal(got_bytes, want_bytes, sizeof want_bytes);
         }
-        int least = 255, most = 0;
+        int least = SCAN_TOP, most = 0;
         for (int i = 0; i < SUB * 16; i++) {
             least = want_bytes[i] < least ? want_bytes[i] : least;
             most = want_bytes[i] > most ? want_bytes[i] : most;
         }
         assert_int_equal(least, 0);
-        assert_int_equal(most, 255);
+        assert_int_equal(most, SCAN_TOP);
         memory_free(q);
         memory_free(centroids);
     }
@@ -206,7 +214,7 @@ static void count_and_collect_find_the_keys_above_and_the_first_ties(void **stat
     random_state r;
     random_seed(&r, 4);
     uint16_t *keys = make(N, sizeof *keys);
-    int32_t *want = make(N, sizeof *want), *got = make(N, sizeof *got);
+    int32_t *want = make(N, sizeof *want), *got = make(N + SCAN_BLOCK, sizeof *got);
     const uint32_t spans[] = {3, 300, 65536};
     for (size_t s = 0; s < TEST_COUNT(spans); s++) {
         for (int i = 0; i < N; i++) keys[i] = (uint16_t)random_below(&r, spans[s]);

@@ -350,7 +350,7 @@ static void packed_codes_scan_to_the_sums_of_their_tables(void **state)
     assert_true(vq_code_bytes(SUB, FIRST + N) == sizeof packed);
     memset(packed, 0xff, sizeof packed); /* lanes are overwritten, others kept */
     for (int i = 0; i < SUB * N; i++) codes[i] = (int32_t)random_below(&r, 16);
-    for (int i = 0; i < SUB * 16; i++) lut[i] = (uint8_t)random_u64(&r);
+    for (int i = 0; i < SUB * 16; i++) lut[i] = (uint8_t)random_below(&r, SCAN_TOP + 1);
     vq_pack(SUB, codes, N, FIRST, packed);
     retrieval_scalar.scan(packed, SUB, LANES / 32, lut, 1, &offset, out, LANES);
     for (int t = 0; t < LANES; t++) {

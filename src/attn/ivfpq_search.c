@@ -121,7 +121,7 @@ static float tables_fill(const search *s, const tables *t, attn_cost *cost)
         cost->index_bytes += (int64_t)vq_code_bytes(n_sub, v->n_coded);
         if (i < s->p->n_sealed) cost->index_bytes += (int64_t)d * (d + (SCAN_CODES + 2) * (int64_t)sizeof(float));
     }
-    return widest > 0 ? widest / 255 : 1;
+    return widest > 0 ? widest / SCAN_TOP : 1;
 }
 
 /* Keys of each head, [g][n_keys]: 0 for what has no code, else 1 + (score - floor of the head) / step. Views that lie too far below the best one are lifted to what a key can hold. */
@@ -129,7 +129,7 @@ static void scan_views(const search *s, const tables *t, uint16_t *keys, float *
 {
     int g = s->g;
     uint16_t offset[ATTN_MAX_GROUP];
-    float span = (float)(UINT16_MAX - 1 - s->n_sub * 255);
+    float span = (float)(UINT16_MAX - 1 - s->n_sub * SCAN_TOP);
     for (int h = 0; h < g; h++) {
         float least = INFINITY, most = -INFINITY;
         for (int64_t i = 0; i < s->n_views; i++) {
@@ -238,7 +238,7 @@ static int64_t wanted(const search *s)
 static found *found_make(const search *s, int64_t k, arena *scratch, quarry_error *error)
 {
     size_t n = (size_t)k, c = (size_t)s->n_clusters;
-    char *memory = arena_alloc(scratch, FOUND_BYTES + n * sizeof(int32_t), 1, error);
+    char *memory = arena_alloc(scratch, FOUND_BYTES + (n + SCAN_BLOCK) * sizeof(int32_t), 1, error);
     if (!memory) return NULL;
     found *f = (found *)memory;
     *f = (found){.views = s->views, .n_views = s->n_views, .n_clusters = s->n_clusters, .q = s->q, .centre = s->centre};

@@ -8,7 +8,11 @@
 
 #include "math/attention.h"
 
-enum { SCAN_BLOCK = 32 /* tokens per block of codes */, SCAN_CODES = 16 /* centroids of a 4-bit code */ };
+enum {
+    SCAN_BLOCK = 32 /* tokens per block of codes */,
+    SCAN_CODES = 16 /* centroids of a 4-bit code */,
+    SCAN_TOP = 63 /* largest table entry: four of them add up in a byte */
+};
 
 /* Codes of one block of 32 tokens: for each of n_sub sub-vectors 16 bytes; byte i holds token i in its low nibble and token i + 16 in its high one.
  *
@@ -19,9 +23,9 @@ typedef struct retrieval_kernels {
 
     /* Tables of one query: lut[s][c] = sum over j of q[s * d_sub + j] * centroids[s][j][c], low[s] = min over c. Returns the largest max - min over c of any s. */
     float (*lut)(const float *q, const float *centroids, int n_sub, int d_sub, float *lut, float *low);
-    /* out[s][c] = (lut[s][c] - low[s]) * inverse_step, rounded to nearest (ties to even), at most 255. */
+    /* out[s][c] = (lut[s][c] - low[s]) * inverse_step, rounded to nearest (ties to even), at most SCAN_TOP. */
     void (*lut_quantise)(const float *lut, const float *low, float inverse_step, int n_sub, uint8_t *out);
-    /* out[h * stride + t] = saturating u16 (offset[h] + sum over sub s of lut[h][s][code(t, s)]), t < 32 n_blocks. lut[g][n_sub][16]; n_sub <= 256. */
+    /* out[h * stride + t] = saturating u16 (offset[h] + sum over sub s of lut[h][s][code(t, s)]), t < 32 n_blocks. lut[g][n_sub][16] of entries <= SCAN_TOP; n_sub <= 256. */
     void (*scan)(const uint8_t *codes, int n_sub, int64_t n_blocks, const uint8_t *lut, int g, const uint16_t *offset, uint16_t *out,
                  int64_t stride);
     /* *top = the largest key; returns the sum over the keys > 0 of exp(step * (key - *top)), 0 if there is none, with 2^x linear between integers: at most 6.2 % above, 4 % on average.
@@ -31,7 +35,7 @@ typedef struct retrieval_kernels {
     void (*merge)(const uint16_t *keys, int64_t stride, int g, const uint16_t *up, const uint16_t *down, int64_t n, uint16_t *out);
     /* Keys >= threshold among n, a multiple of SCAN_BLOCK. */
     int64_t (*count)(const uint16_t *keys, int64_t n, uint16_t threshold);
-    /* ids of the keys > threshold, and of the first *n_ties equal to it (*n_ties counts down), ascending: ids[…] = first + index. n is a multiple of SCAN_BLOCK. Returns how many. */
+    /* ids of the keys > threshold, and of the first *n_ties equal to it (*n_ties counts down), ascending: ids[…] = first + index. n is a multiple of SCAN_BLOCK. Returns how many. Up to SCAN_BLOCK ids after the last may be overwritten. */
     int64_t (*collect)(const uint16_t *keys, int64_t n, uint16_t threshold, int64_t *n_ties, int32_t first, int32_t *ids);
     /* out[h * stride + c] = bias[h] + scale[c] * sum over i of q[h][i] * x[c][i], c < n; x int8 [n][d], d a multiple of 8. */
     void (*dot_i8)(const float *q, int g, int d, const int8_t *x, const float *scale, const float *bias, int64_t n, float *out,

@@ -51,7 +51,8 @@ static void lut_quantise_avx2(const float *lut, const float *low, float inverse_
         __m256 least = _mm256_set1_ps(low[s]);
         __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(lut + s * SCAN_CODES), least), factor));
         __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(lut + s * SCAN_CODES + 8), least), factor));
-        __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
+        __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8), top = _mm256_set1_epi16(SCAN_TOP);
+        words = _mm256_min_epu16(words, top);
         _mm_storeu_si128((__m128i *)(out + s * SCAN_CODES),
                          _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
     }
@@ -59,42 +60,49 @@ static void lut_quantise_avx2(const float *lut, const float *low, float inverse_
 
 /* ---- scan ---- */
 
-/* Two sub-vectors at a time, one a 128-bit lane. Bytes are added as u16 pairs: `even` collects low + 256 * high, `odd` the high bytes alone, so that one mask is saved and even is
- * put right at the end (modulo 2^16; a sum is at most 256 * 255). */
+/* 32 bytes, or 16 and zeros above: of an odd last sub-vector the upper lane then has a table of zeros. */
+INLINE __m256i load_pair(const uint8_t *from, bool whole)
+{
+    return whole ? _mm256_loadu_si256((const __m256i *)from) : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)from));
+}
+
+/* Two sub-vectors at a time: a 128-bit lane holds 16 tokens of one of them. Four such steps add up in bytes before they are widened: even and odd tokens to two vectors of u16. */
 INLINE void scan_heads(const uint8_t *codes, int n_sub, int64_t n_blocks, const uint8_t *lut, const int g, const uint16_t *offset,
                        uint16_t *out, int64_t stride)
 {
-    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i nibble = _mm256_set1_epi8(15), byte = _mm256_set1_epi16(255);
     size_t bytes = (size_t)n_sub * 16;
     for (int64_t b = 0; b < n_blocks; b++) {
         const uint8_t *block = codes + (size_t)b * bytes;
         __m256i even_low[2], odd_low[2], even_high[2], odd_high[2];
         for (int h = 0; h < g; h++) even_low[h] = odd_low[h] = even_high[h] = odd_high[h] = _mm256_setzero_si256();
-        for (size_t at = 0; at < bytes; at += 32) {
-            bool whole = bytes - at >= 32; /* of an odd last sub-vector the upper lane is a table of zeros */
-            __m256i pair = whole ? _mm256_loadu_si256((const __m256i *)(block + at))
-                                 : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)(block + at)));
-            __m256i low = _mm256_and_si256(pair, nibble), high = _mm256_and_si256(_mm256_srli_epi16(pair, 4), nibble);
+        for (size_t at = 0; at < bytes; at += 128) {
+            size_t n = bytes - at < 128 ? bytes - at : 128;
+            __m256i low_sum[2], high_sum[2];
+            for (int h = 0; h < g; h++) low_sum[h] = high_sum[h] = _mm256_setzero_si256();
+            for (size_t i = 0; i < n; i += 32) {
+                bool whole = n - i >= 32;
+                __m256i pair = load_pair(block + at + i, whole);
+                __m256i low = _mm256_and_si256(pair, nibble), high = _mm256_and_si256(_mm256_srli_epi16(pair, 4), nibble);
+                for (int h = 0; h < g; h++) {
+                    __m256i table = load_pair(lut + (size_t)h * bytes + at + i, whole);
+                    low_sum[h] = _mm256_add_epi8(low_sum[h], _mm256_shuffle_epi8(table, low));
+                    high_sum[h] = _mm256_add_epi8(high_sum[h], _mm256_shuffle_epi8(table, high));
+                }
+            }
             for (int h = 0; h < g; h++) {
-                const uint8_t *from = lut + (size_t)h * bytes + at;
-                __m256i table =
-                    whole ? _mm256_loadu_si256((const __m256i *)from) : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)from));
-                __m256i x = _mm256_shuffle_epi8(table, low), y = _mm256_shuffle_epi8(table, high);
-                even_low[h] = _mm256_add_epi16(even_low[h], x);
-                odd_low[h] = _mm256_add_epi16(odd_low[h], _mm256_srli_epi16(x, 8));
-                even_high[h] = _mm256_add_epi16(even_high[h], y);
-                odd_high[h] = _mm256_add_epi16(odd_high[h], _mm256_srli_epi16(y, 8));
+                even_low[h] = _mm256_add_epi16(even_low[h], _mm256_and_si256(low_sum[h], byte));
+                odd_low[h] = _mm256_add_epi16(odd_low[h], _mm256_srli_epi16(low_sum[h], 8));
+                even_high[h] = _mm256_add_epi16(even_high[h], _mm256_and_si256(high_sum[h], byte));
+                odd_high[h] = _mm256_add_epi16(odd_high[h], _mm256_srli_epi16(high_sum[h], 8));
             }
         }
         for (int h = 0; h < g; h++) {
-            /* sums over the lanes: [even][odd] */
+            /* sums over the lanes: [even][odd]; then in order */
             __m256i low = _mm256_add_epi16(_mm256_permute2x128_si256(even_low[h], odd_low[h], 0x20),
                                            _mm256_permute2x128_si256(even_low[h], odd_low[h], 0x31));
             __m256i high = _mm256_add_epi16(_mm256_permute2x128_si256(even_high[h], odd_high[h], 0x20),
                                             _mm256_permute2x128_si256(even_high[h], odd_high[h], 0x31));
-            /* the odd lane, moved to the even one with zeros above it */
-            low = _mm256_sub_epi16(low, _mm256_slli_epi16(_mm256_permute2x128_si256(low, low, 0x81), 8));
-            high = _mm256_sub_epi16(high, _mm256_slli_epi16(_mm256_permute2x128_si256(high, high, 0x81), 8));
             __m256i above = _mm256_set1_epi16((short)offset[h]);
             low = _mm256_adds_epu16(low, above);
             high = _mm256_adds_epu16(high, above);

@@ -28,50 +28,68 @@ static void lut_quantise_avx512(const float *lut, const float *low, float invers
     for (int s = 0; s < n_sub; s++) {
         __m512 x =
             _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(lut + s * SCAN_CODES), _mm512_set1_ps(low[s])), _mm512_set1_ps(inverse_step));
-        _mm_storeu_si128((__m128i *)(out + s * SCAN_CODES), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(x)));
+        _mm_storeu_si128((__m128i *)(out + s * SCAN_CODES),
+                         _mm512_cvtusepi32_epi8(_mm512_min_epu32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(SCAN_TOP))));
     }
 }
 
 /* ---- scan ---- */
 
-/* Four sub-vectors at a time: a 128-bit lane holds 16 tokens of one sub-vector. Bytes are added as u16 pairs: `even` collects low + 256 * high, `odd` the high bytes alone, so that one
- * mask is saved and even is put right at the end (modulo 2^16; a sum is at most 256 * 255). */
+/* Four sub-vectors: a 128-bit lane holds 16 tokens of one of them. sum[h]: of the low and of the high nibbles' tokens. */
+INLINE void scan_step(__m512i pair, const uint8_t *lut, size_t stride, __mmask64 mask, const int g, __m512i (*sum)[2])
+{
+    const __m512i nibble = _mm512_set1_epi8(15);
+    __m512i low = _mm512_and_si512(pair, nibble), high = _mm512_and_si512(_mm512_srli_epi16(pair, 4), nibble);
+    for (int h = 0; h < g; h++) {
+        const uint8_t *from = lut + (size_t)h * stride;
+        __m512i table = mask == ~(__mmask64)0 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(mask, from);
+        sum[h][0] = _mm512_add_epi8(sum[h][0], _mm512_shuffle_epi8(table, low));
+        sum[h][1] = _mm512_add_epi8(sum[h][1], _mm512_shuffle_epi8(table, high));
+    }
+}
+
+/* Sums over the four lanes of the bytes of low and high, widened: tokens 0, 2, … 14; 1, 3, … 15; 16, 18, … ; 17, 19, … */
+INLINE __m512i scan_reduce(__m512i low, __m512i high)
+{
+    const __m512i byte = _mm512_set1_epi16(255);
+    __m512i even = _mm512_and_si512(low, byte), odd = _mm512_srli_epi16(low, 8);
+    __m512i s = _mm512_add_epi16(_mm512_shuffle_i32x4(even, odd, 0x88), _mm512_shuffle_i32x4(even, odd, 0xdd));
+    even = _mm512_and_si512(high, byte);
+    odd = _mm512_srli_epi16(high, 8);
+    __m512i u = _mm512_add_epi16(_mm512_shuffle_i32x4(even, odd, 0x88), _mm512_shuffle_i32x4(even, odd, 0xdd));
+    return _mm512_add_epi16(_mm512_shuffle_i32x4(s, u, 0x88), _mm512_shuffle_i32x4(s, u, 0xdd));
+}
+
+/* Four steps add up in bytes before they are widened. */
 INLINE void scan_heads(const uint8_t *codes, int n_sub, int64_t n_blocks, const uint8_t *lut, const int g, const uint16_t *offset,
                        uint16_t *out, int64_t stride)
 {
-    const __m512i nibble = _mm512_set1_epi8(15);
     const __m512i order = _mm512_set_epi16(31, 23, 30, 22, 29, 21, 28, 20, 27, 19, 26, 18, 25, 17, 24, 16, 15, 7, 14, 6, 13, 5, 12, 4, 11,
                                            3, 10, 2, 9, 1, 8, 0);
-    size_t bytes = (size_t)n_sub * 16;
+    size_t bytes = (size_t)n_sub * 16, whole = bytes / 256 * 256;
+    __m512i base[4];
+    for (int h = 0; h < g; h++) base[h] = _mm512_set1_epi16((short)offset[h]);
     for (int64_t b = 0; b < n_blocks; b++) {
         const uint8_t *block = codes + (size_t)b * bytes;
-        __m512i even_low[4], odd_low[4], even_high[4], odd_high[4];
-        for (int h = 0; h < g; h++) even_low[h] = odd_low[h] = even_high[h] = odd_high[h] = _mm512_setzero_si512();
-        for (size_t at = 0; at < bytes; at += 64) {
-            __mmask64 mask = bytes - at >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << (bytes - at)) - 1;
-            __m512i pair = _mm512_maskz_loadu_epi8(mask, block + at);
-            __m512i low = _mm512_and_si512(pair, nibble), high = _mm512_and_si512(_mm512_srli_epi16(pair, 4), nibble);
-            for (int h = 0; h < g; h++) {
-                __m512i table = _mm512_maskz_loadu_epi8(mask, lut + (size_t)h * bytes + at);
-                __m512i x = _mm512_shuffle_epi8(table, low), y = _mm512_shuffle_epi8(table, high);
-                even_low[h] = _mm512_add_epi16(even_low[h], x);
-                odd_low[h] = _mm512_add_epi16(odd_low[h], _mm512_srli_epi16(x, 8));
-                even_high[h] = _mm512_add_epi16(even_high[h], y);
-                odd_high[h] = _mm512_add_epi16(odd_high[h], _mm512_srli_epi16(y, 8));
+        __m512i total[4], sum[4][2];
+        for (int h = 0; h < g; h++) total[h] = _mm512_setzero_si512();
+        for (size_t at = 0; at < whole; at += 256) {
+            for (int h = 0; h < g; h++) sum[h][0] = sum[h][1] = _mm512_setzero_si512();
+            for (size_t i = at; i < at + 256; i += 64) scan_step(_mm512_loadu_si512(block + i), lut + i, bytes, ~(__mmask64)0, g, sum);
+            for (int h = 0; h < g; h++) total[h] = _mm512_add_epi16(total[h], scan_reduce(sum[h][0], sum[h][1]));
+        }
+        if (whole < bytes) {
+            size_t i = whole;
+            for (int h = 0; h < g; h++) sum[h][0] = sum[h][1] = _mm512_setzero_si512();
+            for (; i + 64 <= bytes; i += 64) scan_step(_mm512_loadu_si512(block + i), lut + i, bytes, ~(__mmask64)0, g, sum);
+            if (i < bytes) {
+                __mmask64 mask = ((__mmask64)1 << (bytes - i)) - 1;
+                scan_step(_mm512_maskz_loadu_epi8(mask, block + i), lut + i, bytes, mask, g, sum);
             }
+            for (int h = 0; h < g; h++) total[h] = _mm512_add_epi16(total[h], scan_reduce(sum[h][0], sum[h][1]));
         }
-        for (int h = 0; h < g; h++) {
-            /* sums over the lanes: [even low][odd low][even high][odd high] */
-            __m512i s =
-                _mm512_add_epi16(_mm512_shuffle_i32x4(even_low[h], odd_low[h], 0x88), _mm512_shuffle_i32x4(even_low[h], odd_low[h], 0xdd));
-            __m512i u = _mm512_add_epi16(_mm512_shuffle_i32x4(even_high[h], odd_high[h], 0x88),
-                                         _mm512_shuffle_i32x4(even_high[h], odd_high[h], 0xdd));
-            __m512i sum = _mm512_add_epi16(_mm512_shuffle_i32x4(s, u, 0x88), _mm512_shuffle_i32x4(s, u, 0xdd));
-            __m512i carried = _mm512_slli_epi16(_mm512_shuffle_i32x4(sum, sum, 0xf5), 8);
-            sum = _mm512_mask_sub_epi16(sum, 0x00ff00ff, sum, carried);
-            sum = _mm512_adds_epu16(_mm512_permutexvar_epi16(order, sum), _mm512_set1_epi16((short)offset[h]));
-            _mm512_storeu_si512(out + h * stride + b * SCAN_BLOCK, sum);
-        }
+        for (int h = 0; h < g; h++)
+            _mm512_storeu_si512(out + h * stride + b * SCAN_BLOCK, _mm512_adds_epu16(_mm512_permutexvar_epi16(order, total[h]), base[h]));
     }
 }
 
@@ -126,32 +144,40 @@ static void merge_avx512(const uint16_t *keys, int64_t stride, int g, const uint
 
 static int64_t count_avx512(const uint16_t *keys, int64_t n, uint16_t threshold)
 {
-    const __m512i limit = _mm512_set1_epi16((short)threshold);
+    const __m512i limit = _mm512_set1_epi16((short)threshold), one = _mm512_set1_epi16(1);
     int64_t count = 0;
-    for (int64_t i = 0; i < n; i += SCAN_BLOCK) count += _mm_popcnt_u32(_mm512_cmpge_epu16_mask(_mm512_loadu_si512(keys + i), limit));
+    for (int64_t i = 0; i < n;) {
+        int64_t end = n - i > 32 * 32767 ? i + 32 * 32767 : n; /* so many keys cannot overflow a signed 16-bit lane */
+        __m512i sum = _mm512_setzero_si512();
+        for (; i < end; i += SCAN_BLOCK)
+            sum = _mm512_mask_add_epi16(sum, _mm512_cmpge_epu16_mask(_mm512_loadu_si512(keys + i), limit), sum, one);
+        count += _mm512_reduce_add_epi32(_mm512_madd_epi16(sum, one));
+    }
     return count;
 }
 
 static int64_t collect_avx512(const uint16_t *keys, int64_t n, uint16_t threshold, int64_t *n_ties, int32_t first, int32_t *ids)
 {
-    const __m512i limit = _mm512_set1_epi16((short)threshold);
-    int64_t found = 0, ties = *n_ties;
+    const __m512i limit = _mm512_set1_epi16((short)threshold), next = _mm512_set1_epi32(16);
+    __m512i index = _mm512_add_epi32(_mm512_set1_epi32(first), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+    int32_t *to = ids;
     for (int64_t i = 0; i < n; i += SCAN_BLOCK) {
         __m512i x = _mm512_loadu_si512(keys + i);
-        uint32_t reach = _mm512_cmpge_epu16_mask(x, limit);
-        if (!reach) continue;
-        uint32_t equal = _mm512_cmpeq_epu16_mask(x, limit);
-        for (; reach; reach &= reach - 1) {
-            uint32_t bit = reach & -reach;
-            if (equal & bit && ties-- <= 0) {
-                ties = 0;
-                continue;
+        uint32_t reach = _mm512_cmpge_epu16_mask(x, limit), equal = _mm512_cmpeq_epu16_mask(x, limit);
+        for (; equal; equal &= equal - 1)
+            if ((*n_ties)-- <= 0) {
+                *n_ties = 0;
+                reach &= ~(equal & -equal);
             }
-            ids[found++] = first + (int32_t)i + __builtin_ctz(reach);
-        }
+        /* compressed in a register and stored whole: a compressing store is slow on some processors */
+        _mm512_storeu_si512(to, _mm512_maskz_compress_epi32((__mmask16)reach, index));
+        to += _mm_popcnt_u32(reach & 0xffff);
+        index = _mm512_add_epi32(index, next);
+        _mm512_storeu_si512(to, _mm512_maskz_compress_epi32((__mmask16)(reach >> 16), index));
+        to += _mm_popcnt_u32(reach >> 16);
+        index = _mm512_add_epi32(index, next);
     }
-    *n_ties = ties;
-    return found;
+    return to - ids;
 }
 
 /* ---- clusters and rows ---- */
@@ -177,25 +203,32 @@ INLINE __m128 sum4(__m512 a, __m512 b, __m512 c, __m512 e)
     return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
 }
 
+/* 16 dimensions of four clusters and g heads. */
+INLINE void dot_step(const float *q, const int g, int d, const int8_t *const *row, int i, __mmask16 mask, __m512 (*sum)[4])
+{
+    __m512 v[4];
+    for (int r = 0; r < 4; r++)
+        v[r] = mask == 0xffff ? _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(row[r] + i))))
+                              : load_i8(row[r] + i, mask);
+    for (int h = 0; h < g; h++) {
+        __m512 part = mask == 0xffff ? _mm512_loadu_ps(q + h * d + i) : _mm512_maskz_loadu_ps(mask, q + h * d + i);
+        for (int r = 0; r < 4; r++) sum[h][r] = _mm512_fmadd_ps(part, v[r], sum[h][r]);
+    }
+}
+
 INLINE void dot_heads(const float *q, const int g, int d, const int8_t *x, const float *scale, const float *bias, int64_t n, float *out,
                       int64_t stride)
 {
     for (int64_t c = 0; c < n; c += 4) {
         const int8_t *row[4];
         __m512 sum[4][4];
+        int i = 0;
         for (int r = 0; r < 4; r++) {
             row[r] = x + (c + r < n ? c + r : n - 1) * d;
             for (int h = 0; h < g; h++) sum[h][r] = _mm512_setzero_ps();
         }
-        for (int i = 0; i < d; i += 16) {
-            __mmask16 mask = lanes(d - i);
-            __m512 v[4];
-            for (int r = 0; r < 4; r++) v[r] = load_i8(row[r] + i, mask);
-            for (int h = 0; h < g; h++) {
-                __m512 part = _mm512_maskz_loadu_ps(mask, q + h * d + i);
-                for (int r = 0; r < 4; r++) sum[h][r] = _mm512_fmadd_ps(part, v[r], sum[h][r]);
-            }
-        }
+        for (; i + 16 <= d; i += 16) dot_step(q, g, d, row, i, 0xffff, sum);
+        if (i < d) dot_step(q, g, d, row, i, lanes(d - i), sum);
         __mmask8 valid = (__mmask8)lanes(n - c < 4 ? n - c : 4);
         __m128 factor = _mm_maskz_loadu_ps(valid, scale + c);
         for (int h = 0; h < g; h++)

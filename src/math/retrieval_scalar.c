@@ -27,7 +27,7 @@ static void lut_quantise_scalar(const float *lut, const float *low, float invers
 {
     for (int i = 0; i < n_sub * SCAN_CODES; i++) {
         float x = rintf((lut[i] - low[i / SCAN_CODES]) * inverse_step);
-        out[i] = x < 255 ? (uint8_t)x : 255;
+        out[i] = x < SCAN_TOP ? (uint8_t)x : SCAN_TOP;
     }
 }
 
