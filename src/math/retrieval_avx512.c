@@ -72,6 +72,7 @@ INLINE void scan_heads(const uint8_t *codes, int n_sub, int64_t n_blocks, const 
     for (int64_t b = 0; b < n_blocks; b++) {
         const uint8_t *block = codes + (size_t)b * bytes;
         __m512i total[4], sum[4][2];
+        for (size_t i = 0; i < bytes; i += 64) _mm_prefetch((const char *)block + 4096 + i, _MM_HINT_T0);
         for (int h = 0; h < g; h++) total[h] = _mm512_setzero_si512();
         for (size_t at = 0; at < whole; at += 256) {
             for (int h = 0; h < g; h++) sum[h][0] = sum[h][1] = _mm512_setzero_si512();
@@ -225,6 +226,7 @@ INLINE void dot_heads(const float *q, const int g, int d, const int8_t *x, const
         int i = 0;
         for (int r = 0; r < 4; r++) {
             row[r] = x + (c + r < n ? c + r : n - 1) * d;
+            _mm_prefetch((const char *)row[r] + 2048, _MM_HINT_T0);
             for (int h = 0; h < g; h++) sum[h][r] = _mm512_setzero_ps();
         }
         for (; i + 16 <= d; i += 16) dot_step(q, g, d, row, i, 0xffff, sum);
@@ -280,6 +282,7 @@ INLINE void accumulate_i8_heads(const float *w, int64_t stride, const int g, int
     }
     for (int64_t c = 0; c < n; c++) {
         __m512 v[4];
+        _mm_prefetch((const char *)x + c * d + 2048, _MM_HINT_T0);
         for (int i = 0; i < 4; i++) v[i] = load_i8(x + c * d + i * 16, mask[i]);
         for (int h = 0; h < g; h++) {
             __m512 weight = _mm512_set1_ps(w[h * stride + c] * scale[c]);
