@@ -365,7 +365,7 @@ static void budget_of_everything_equals_full_attention(void **state)
 static void selection_finds_most_of_the_heaviest_tokens(void **state)
 {
     (void)state;
-    world w = open_world(3000, 64, 3, KV_F16, "budget=0.05,segment=1024", 30);
+    world w = open_world(3000, 64, 3, KV_F16, "budget=0.05,threshold=0,segment=1024", 30);
     read_all(&w, true);
     float q[3 * 64];
     double *mass_of = calloc(3000, sizeof *mass_of), mass = 0, got = 0;
@@ -398,7 +398,7 @@ static void selection_finds_most_of_the_heaviest_tokens(void **state)
 static void a_needle_is_always_selected(void **state)
 {
     (void)state;
-    world w = open_world(2500, 64, 3, KV_F16, "budget=0.01,min=16,segment=512", 40);
+    world w = open_world(2500, 64, 3, KV_F16, "budget=0.01,threshold=0,min=16,segment=512", 40);
     float q[3 * 64];
     query(&w, q);
     const int64_t needles[] = {8, 300, 519, 520, 1777, 2300, 2434, 2435};
@@ -651,7 +651,7 @@ static void extreme_queries_stay_finite(void **state)
         query(&w, q);
         for (int j = 0; j < 2 * 64; j++) q[j] *= j < 64 ? sizes[i] : 1; /* one head unlike the other */
         outcome o = step(&w, w.p, w.kv, 1, 1, q);
-        assert_int_equal(o.sel.n, 64);
+        assert_true(o.sel.n >= 64);
         for (int j = 0; j < 2 * 64; j++) assert_true(isfinite(o.out[j]));
         outcome_free(&o);
     }

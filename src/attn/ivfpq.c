@@ -47,7 +47,7 @@ static ivfpq *ivfpq_new(const attn_shape *shape, const math_kernels *kernels, co
 static attn_policy *ivfpq_create(const attn_shape *shape, const math_kernels *kernels, const char *spec, quarry_error *error)
 {
     ivfpq_options o = {
-        .budget = 0.03, .min = 64, .threshold = 0, .max = 0.15, .size = 16, .alpha = 0.5, .shrink = 0.05, .segment = 2048, .tail = 1};
+        .budget = 0.02, .min = 64, .threshold = 0.0004, .max = 0.08, .size = 32, .alpha = 0.5, .shrink = 0.05, .segment = 2048, .tail = 1};
     const attn_option table[] = {
         {"budget", &o.budget, 0, 1}, {"min", &o.min, 1, 1e9},   {"threshold", &o.threshold, 0, 1}, {"max", &o.max, 0, 1},
         {"size", &o.size, 1, 1024},  {"alpha", &o.alpha, 0, 2}, {"shrink", &o.shrink, 1e-6, 1},    {"segment", &o.segment, 128, 65536},
@@ -160,15 +160,15 @@ static size_t ivfpq_bytes(const attn_policy *policy)
 const attn_policy_type attn_ivfpq = {
     .name = "ivfpq",
     .summary = "reads the tokens that product codes of the keys find, estimates the rest from clusters",
-    .options = "budget=0.03   share of the far tokens that is read\n"
-               "min=64        but at least so many\n"
-               "threshold=0   also read tokens of at least this estimated attention weight (0: off)\n"
-               "max=0.15      up to this share\n"
-               "size=16       tokens per cluster\n"
-               "alpha=0.5     power of the query statistics in the metric of the codes\n"
-               "shrink=0.05   what is added to their eigenvalues\n"
-               "segment=2048  tokens per segment of the index\n"
-               "tail=1        0: drop the unread tokens instead of estimating them\n",
+    .options = "budget=0.02       share of the far tokens that is read\n"
+               "min=64            but at least so many\n"
+               "threshold=0.0004  and all of at least this estimated attention weight (0: off)\n"
+               "max=0.08          as far as they are not more than this share\n"
+               "size=32           tokens per cluster\n"
+               "alpha=0.5         power of the query statistics in the metric of the codes\n"
+               "shrink=0.05       what is added to their eigenvalues\n"
+               "segment=2048      tokens per segment of the index\n"
+               "tail=1            0: drop the unread tokens instead of estimating them\n",
     .create = ivfpq_create,
     .destroy = ivfpq_destroy,
     .fork = ivfpq_fork,
