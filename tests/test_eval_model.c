@@ -103,6 +103,23 @@ static void unknown_policy_is_an_error(void **state)
     assert_non_null(strstr(error.message, "nonesuch"));
 }
 
+static void too_deep_is_said_before_reading(void **state)
+{
+    const fixture *f = need_model(state);
+    quarry_model_info info;
+    quarry_model_get_info(f->model, &info);
+    const int64_t depth = info.n_ctx_train - 4;
+    const eval_text text = {"claimed", f->tokens, info.n_ctx_train * 2}; /* never read */
+    const kld_params params = {.texts = &text, .n_texts = 1, .depth = depth, .n_steps = 8, .samples = 1};
+    const needle_params needles = {
+        .texts = &f->text, .n_texts = 1, .depths = &depth, .n_depths = 1, .count = 1, .needles = 1, .n_answer = 32};
+    kld_result k;
+    needle_result n;
+    quarry_error error;
+    assert_int_equal(kld_measure(f->model, &params, NULL, &k, &error), QUARRY_ERROR_CONTEXT);
+    assert_int_equal(needle_measure(f->model, &needles, NULL, NULL, NULL, &n, &error), QUARRY_ERROR_CONTEXT);
+}
+
 static bool stop_at_once(int64_t done, int64_t total, void *data)
 {
     (void)done, (void)total, (void)data;
@@ -187,6 +204,7 @@ int main(void)
         cmocka_unit_test(kld_of_full_is_zero_and_window_reads_less),
         cmocka_unit_test(kld_asks_for_enough_text),
         cmocka_unit_test(unknown_policy_is_an_error),
+        cmocka_unit_test(too_deep_is_said_before_reading),
         cmocka_unit_test(a_watcher_can_stop_the_measurement),
         cmocka_unit_test(full_finds_needles_that_window_cannot_see),
         cmocka_unit_test(speed_reports_every_test_of_every_policy),

@@ -13,7 +13,8 @@ typedef struct eval_options {
 } eval_options;
 
 static const cli_option eval_table[] = {
-    {"-f, --file", "FILE", CLI_LIST, offsetof(eval_options, files), NULL, "text to read, long and plain; may be repeated", 0, 0},
+    {"-f, --file", "FILE", CLI_LIST, offsetof(eval_options, files), NULL, "text to read, long and plain; further ones may follow the flags",
+     0, 0},
     {"--attn", "POLICY", CLI_LIST, offsetof(eval_options, attn), NULL,
      "policies to compare with full attention, separated by commas; may be repeated (default: ivfpq)", 0, 0},
     {"-b, --batch-size", "N", CLI_INT, offsetof(eval_options, n_batch), "512", "tokens per forward pass while reading", 1, 65536},
@@ -43,21 +44,23 @@ static int read_text(eval_input *in, const char *path)
     return CLI_OK;
 }
 
+/* Texts are the files of -f and what follows the flags, so that -f *.txt means what it looks like. */
 static int input_open(eval_input *in, const cli_model_options *model, const eval_options *options, const cli_output_options *output,
-                      const cli_command *command)
+                      const cli_list *arguments, const cli_command *command)
 {
     quarry_error error;
     *in = (eval_input){0};
-    if (options->files.n == 0) return cli_fail_usage(command, "no text: name one with -f FILE");
+    if (options->files.n + arguments->n == 0) return cli_fail_usage(command, "no text: name one with -f FILE");
     for (int i = 0; i < options->attn.n; i++)
         if (policy_list_add(&in->policies, options->attn.items[i], &error) != QUARRY_OK) return cli_fail_error(&error);
     if (options->attn.n == 0 && policy_list_add(&in->policies, attn_policies[0]->name, &error) != QUARRY_OK) return cli_fail_error(&error);
     int code = cli_model_open(&in->model, model, output);
     if (code) return code;
     quarry_model_get_info(in->model, &in->info);
-    in->texts = memory_zero((size_t)options->files.n, sizeof *in->texts, "texts", &error);
+    in->texts = memory_zero((size_t)options->files.n + (size_t)arguments->n, sizeof *in->texts, "texts", &error);
     if (!in->texts) return cli_fail_error(&error);
     for (int i = 0; i < options->files.n && !code; i++) code = read_text(in, options->files.items[i]);
+    for (int i = 0; i < arguments->n && !code; i++) code = read_text(in, arguments->items[i]);
     return code;
 }
 
@@ -148,8 +151,7 @@ static int kld_run(const void *settings, const cli_list *arguments)
     cli_progress progress;
     quarry_error error;
     kld_result *results = NULL;
-    if (arguments->n) return cli_fail_usage(&command_eval_kld, "unexpected argument '%s'", arguments->items[0]);
-    int code = input_open(&in, &s->model, &s->eval, &s->output, &command_eval_kld);
+    int code = input_open(&in, &s->model, &s->eval, &s->output, arguments, &command_eval_kld);
     if (code) goto done;
     if (!(results = memory_zero((size_t)in.policies.n + 1, sizeof *results, "results", &error))) {
         code = cli_fail_error(&error);
@@ -182,7 +184,7 @@ done:
 
 const cli_command command_eval_kld = {
     "eval kld",
-    "[options] -f FILE",
+    "[options] -f FILE...",
     "measure how far a policy's predictions are from full attention's",
     "Reads part of a text with full attention, then feeds the tokens that follow one by one under each policy and compares the "
     "distributions of the next token with those of full attention. rows and bytes: K|V rows, and bytes of rows and index, read per token, "
@@ -265,10 +267,9 @@ static int needle_run(const void *settings, const cli_list *arguments)
     needle_result *results = NULL;
     int64_t *depths = NULL;
     int code;
-    if (arguments->n) return cli_fail_usage(&command_eval_needle, "unexpected argument '%s'", arguments->items[0]);
     const int64_t n_depths = list_parse_numbers(s->depths, "--depths", 64, 1000000000, &depths, &error);
     if (n_depths < 0) return cli_fail_error(&error);
-    if ((code = input_open(&in, &s->model, &s->eval, &s->output, &command_eval_needle))) goto done;
+    if ((code = input_open(&in, &s->model, &s->eval, &s->output, arguments, &command_eval_needle))) goto done;
     if (!(results = memory_zero((size_t)in.policies.n + 1, sizeof *results, "results", &error))) {
         code = cli_fail_error(&error);
         goto done;
@@ -304,7 +305,7 @@ done:
 
 const cli_command command_eval_needle = {
     "eval needle",
-    "[options] -f FILE",
+    "[options] -f FILE...",
     "measure whether a policy still finds a sentence in a long text",
     "Puts a sentence with a number into a text, reads it with full attention, and asks for the number under each policy through the chat "
     "template. -v prints every answer.",

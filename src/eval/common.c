@@ -38,6 +38,14 @@ quarry_code eval_bos(const quarry_model *model, int32_t *bos, int *n_bos, quarry
     return code;
 }
 
+quarry_code eval_check_length(const quarry_model *model, int64_t n_tokens, const char *what, quarry_error *error)
+{
+    const int64_t trained = model_shape_of(model)->n_ctx_train;
+    if (n_tokens <= trained) return QUARRY_OK;
+    return error_set(error, QUARRY_ERROR_CONTEXT, "%s: %lld tokens, but the model was trained for a context of %lld", what,
+                     (long long)n_tokens, (long long)trained);
+}
+
 const char **eval_policies(const char *const *attn, int n_attn, quarry_error *error)
 {
     const char **specs = memory_alloc((size_t)n_attn + 1, sizeof *specs, "policies", error);

@@ -24,6 +24,9 @@ static inline quarry_code eval_failed(const quarry_error *error)
 /* *n_bos is 1 and *bos the token if the model wants one in front of plain text, else 0. */
 quarry_code eval_bos(const quarry_model *model, int32_t *bos, int *n_bos, quarry_error *error);
 
+/* CONTEXT if the model was not trained for so many tokens: better said before than after minutes of reading. */
+quarry_code eval_check_length(const quarry_model *model, int64_t n_tokens, const char *what, quarry_error *error);
+
 /* "full" and then attn[n_attn], in a new array (memory_free); the strings stay the caller's. */
 const char **eval_policies(const char *const *attn, int n_attn, quarry_error *error);
 

@@ -80,7 +80,7 @@ static quarry_code kld_sample(kld_run *r, int i, quarry_error *error)
     return code;
 }
 
-static quarry_code kld_check(const kld_params *p, quarry_error *error)
+static quarry_code kld_check(const quarry_model *model, const kld_params *p, quarry_error *error)
 {
     if (p->depth < 1 || p->n_steps < 1 || p->samples < 1 || p->n_texts < 1)
         return error_set(error, QUARRY_ERROR_ARGUMENT, "depth, steps, samples and texts must be at least 1");
@@ -89,7 +89,7 @@ static quarry_code kld_check(const kld_params *p, quarry_error *error)
             return error_set(error, QUARRY_ERROR_ARGUMENT, "%s: has %lld tokens, but a depth of %lld and %lld steps need %lld",
                              p->texts[i].name, (long long)p->texts[i].n_tokens, (long long)p->depth, (long long)p->n_steps,
                              (long long)(p->depth + p->n_steps + 1));
-    return QUARRY_OK;
+    return eval_check_length(model, p->depth + p->n_steps, "depth and steps", error);
 }
 
 static quarry_code kld_alloc(kld_run *r, quarry_error *error)
@@ -126,7 +126,7 @@ quarry_code kld_measure(quarry_model *model, const kld_params *params, const qua
                  .n_policies = params->n_attn + 1,
                  .n_vocab = model_shape_of(model)->n_vocab,
                  .watch = {watch, 0, params->samples * params->depth}};
-    quarry_code code = kld_check(params, error);
+    quarry_code code = kld_check(model, params, error);
     if (code != QUARRY_OK) return code;
     if ((code = kld_alloc(&r, error)) != QUARRY_OK) goto done;
     for (int i = 0; i < params->samples; i++)

@@ -2,7 +2,7 @@
 
 #include <string.h>
 
-enum { SENTENCE_BYTES = 160 };
+enum { SENTENCE_BYTES = 160, QUESTION_TOKENS = 64 };
 
 typedef struct needle_tally {
     series kld;
@@ -241,12 +241,17 @@ done:
     return code;
 }
 
-static quarry_code needle_check(const needle_params *p, quarry_error *error)
+static quarry_code needle_check(const quarry_model *model, const needle_params *p, quarry_error *error)
 {
     if (p->n_texts < 1 || p->n_depths < 1 || p->count < 1 || p->n_answer < 1)
         return error_set(error, QUARRY_ERROR_ARGUMENT, "texts, depths, count and answer tokens must be at least 1");
     if (p->needles < 1 || p->needles > NEEDLE_MAX)
         return error_set(error, QUARRY_ERROR_ARGUMENT, "--needles: %d, should be 1 to %d", p->needles, NEEDLE_MAX);
+    for (int i = 0; i < p->n_depths; i++) { /* a question has about 30 tokens */
+        const quarry_code code =
+            eval_check_length(model, p->depths[i] + QUESTION_TOKENS + p->n_answer, "haystack, question and answer", error);
+        if (code != QUARRY_OK) return code;
+    }
     return QUARRY_OK;
 }
 
@@ -291,7 +296,7 @@ quarry_code needle_measure(quarry_model *model, const needle_params *params, con
                     .watch = {.outer = watch},
                     .on_answer = on_answer,
                     .data = data};
-    quarry_code code = needle_check(params, error);
+    quarry_code code = needle_check(model, params, error);
     if (code != QUARRY_OK) return code;
     random_seed(&r.random, params->seed);
     for (int d = 0; d < params->n_depths; d++) r.watch.total += params->depths[d] * params->n_texts * params->count;
