@@ -80,6 +80,9 @@ def main():
 
     name, isa = processor()
     print(f"{name}, {arguments.threads} threads, {' '.join(isa) or 'no AVX2'}; {pathlib.Path(arguments.model).name}")
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(f"NOTE: load average {load:.1f} before the first run: other programs take part of the processor, which hits programs unequally")
     print(f"tokens/s: median (min-max) of {arguments.rounds} alternating rounds\n")
     print("| test | policy | quarry | llama.cpp -fa 1 | ratio |\n|---|---|---|---|---|")
     for line in lines(arguments.depth or [7600]):
