@@ -74,6 +74,7 @@ INLINE void scan_heads(const uint8_t *codes, int n_sub, int64_t n_blocks, const 
     size_t bytes = (size_t)n_sub * 16;
     for (int64_t b = 0; b < n_blocks; b++) {
         const uint8_t *block = codes + (size_t)b * bytes;
+        for (size_t i = 0; i < bytes; i += 64) _mm_prefetch((const char *)block + 4096 + i, _MM_HINT_T0);
         __m256i even_low[2], odd_low[2], even_high[2], odd_high[2];
         for (int h = 0; h < g; h++) even_low[h] = odd_low[h] = even_high[h] = odd_high[h] = _mm256_setzero_si256();
         for (size_t at = 0; at < bytes; at += 128) {
@@ -230,6 +231,7 @@ INLINE void dot_heads(const float *q, const int g, int d, const int8_t *x, const
         for (int r = 0; r < 4; r++) {
             int64_t at = c + r < n ? c + r : n - 1;
             row[r] = x + at * d;
+            _mm_prefetch((const char *)row[r] + 2048, _MM_HINT_T0);
             factor[r] = scale[at];
             for (int h = 0; h < g; h++) sum[h][r] = _mm256_setzero_ps();
         }
