@@ -1,8 +1,8 @@
-/* What the key index costs: building it, per segment, and one decode step, per (layer, KV head). Keys are random clusters; the parts are visited in turn, as a model does, so that nothing
- * stays in the nearest caches. Prints the median and the spread of the rounds.
+/* What the key index costs: building it, per segment, and one decode step, per (layer, KV head). Keys are random clusters; the parts are
+ * visited in turn, as a model does, so that nothing stays in the nearest caches. Prints the median and the spread of the rounds.
  *
  *     bench_ivfpq [head_dim 64] [group 3] [tokens 8000] [parts 90] [options]
- */
+ * */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>

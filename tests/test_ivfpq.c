@@ -1,4 +1,5 @@
-/* The default policy against attention written out in double precision: what it selects, what it estimates, and that cutting, sharing and failing leave it whole. */
+/* The default policy against attention written out in double precision: what it selects, what it estimates, and that cutting, sharing
+ * and failing leave it whole. */
 #include "test.h"
 
 #include <math.h>
@@ -211,8 +212,9 @@ static outcome step(world *w, attn_policy *p, const kv_seq *kv, int layer, int h
     return o;
 }
 
-/* Attention over the rows that were read and, for each group of unread far tokens, its mean key and value: of_group[pos] in [0, n_groups) or -1. group_mean, if not NULL, has the index's own int8 means
- * [n_groups][2 d] and counts, from which the read ones are subtracted; otherwise the true means of the unread are taken. */
+/* Attention over the rows that were read and, for each group of unread far tokens, its mean key and value: of_group[pos] in [0,
+ * n_groups) or -1. group_mean, if not NULL, has the index's own int8 means [n_groups][2 d] and counts, from which the read ones are
+ * subtracted; otherwise the true means of the unread are taken. */
 static void reference(const world *w, const outcome *o, int layer, int head, const float *q, const int32_t *of_group, int n_groups,
                       const double *group_mean, const double *group_count, double *out)
 {
@@ -692,7 +694,8 @@ static void what_was_read_is_counted(void **state)
     close_world(&w);
 }
 
-/* Every allocation fails once: either the step reports it and nothing has changed, or the part that had no memory to build with is read exactly. */
+/* Every allocation fails once: either the step reports it and nothing has changed, or the part that had no memory to build with is read
+ * exactly. */
 static void failed_allocations_leave_the_index_usable(void **state)
 {
     (void)state;

@@ -1,4 +1,5 @@
-/* Kernels of the key index: integers equal the scalar specification exactly, floats to rounding, on every instruction set of this machine. */
+/* Kernels of the key index: integers equal the scalar specification exactly, floats to rounding, on every instruction set of this
+ * machine. */
 #include "test.h"
 
 #include <math.h>

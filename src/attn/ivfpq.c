@@ -126,8 +126,8 @@ void ivfpq_catch_up(ivfpq *p)
     memset(p->n_ahead, 0, parts * sizeof *p->n_ahead);
 }
 
-/* A cut inside a sealed segment reopens it: what remains of it is read exactly until the next append or seal, which have the rows to make codes and clusters of again. So
- * selection and tail never see a token that is gone. */
+/* A cut inside a sealed segment reopens it: what remains of it is read exactly until the next append or seal, which have the rows to
+ * make codes and clusters of again. So selection and tail never see a token that is gone. */
 static void ivfpq_truncate(attn_policy *policy, int64_t n)
 {
     ivfpq *p = of(policy);

@@ -1,13 +1,19 @@
-/* ivfpq, the default policy: an inverted file whose lists are never skipped, product codes, exact attention on the selected tokens, an estimated tail.
+/* ivfpq, the default policy: an inverted file whose lists are never skipped, product codes, exact attention on the selected tokens, an
+ * estimated tail.
  *
- * Far tokens are cut into segments. A sealed segment is immutable, depends only on its past, and is shared by forks; behind the last one is the open segment, whose tokens are
- * coded with the tables of the segment before. A part is what a segment holds for one (layer, KV head):
+ * Far tokens are cut into segments. A sealed segment is immutable, depends only on its past, and is shared by forks; behind the last one
+ * is the open segment, whose tokens are coded with the tables of the segment before. A part is what a segment holds for one (layer, KV
+ * head):
  *
  *     tables     centre, basis and centroids of a product code (vq/vq.h), learned from its keys and the queries seen until it was sealed
- *     codes      4 bits for every 4 dimensions of each key   -> which tokens to read
- *     clusters   int8 mean key and mean value and the count of about `size` similar tokens           -> what the unread ones add up to
+ *     codes      4 bits for every 4 dimensions of each key -> which tokens to read
+ *     clusters   int8 mean key, int8 sum of values and count of about `size` similar tokens -> what the unread ones add up to
  *
- * In the open segment, clusters are runs of neighbours. Tokens that have no code yet (no segment is sealed; their segment was cut by truncate) are read exactly. */
+ * In the open segment, clusters are runs of neighbours. Tokens that have no code yet are read exactly: no segment is sealed, or truncate
+ * cut their segment.
+ *
+ * A segment is sealed when it is full, and at the end of a prompt if it is worth tables of its own: the first from IVFPQ_FIRST_SEAL
+ * tokens on, a later one from a quarter of a full segment on. */
 #ifndef ATTN_IVFPQ_H
 #define ATTN_IVFPQ_H
 
@@ -16,7 +22,8 @@
 
 enum {
     IVFPQ_RUN = 16,         /* tokens per cluster of the open segment */
-    IVFPQ_FIRST_SEAL = 128, /* fewer tokens than this train no tables: they stay open, and are read exactly */
+    IVFPQ_FIRST_SEAL = 128, /* fewer tokens than this train no tables: they stay open */
+    IVFPQ_LATER_SEAL = 4,   /* part of a full segment */
 };
 
 typedef struct ivfpq_options {
@@ -64,8 +71,9 @@ typedef struct ivfpq {
     ivfpq_segment *open; /* NULL until the first append; never shared */
     int64_t open_first, n_open,
         n_coded; /* positions [open_first, open_first + n_open), of which the first n_coded have codes and clusters */
-    /* Query statistics [n_parts][d][d] and counts [n_parts]: of the positions up to the end of the open segment, and of later ones that a long batch has brought already. A segment learns from the first
-     * alone, so that the index does not depend on the size of the batches. */
+    /* Query statistics [n_parts][d][d] and counts [n_parts]: of the positions up to the end of the open segment, and of later ones that
+     * a long batch has brought already. A segment learns from the first alone, so that the index does not depend on the size of the
+     * batches. */
     float *moments, *ahead;
     int64_t *n_queries, *n_ahead;
 } ivfpq;

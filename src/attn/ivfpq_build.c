@@ -178,9 +178,9 @@ static void transform(builder *b, const float *forward, int64_t n)
     vq_transpose(b->y, d, n, b->p->d, b->columns, vq_column_stride(n));
 }
 
-/* Means and counts of the clusters that clusters[n] assigns the tokens from position `first` to (0 <= clusters < k), into the slots from `at` on; empty ones take none. Returns
- * how many slots. token: where their slot numbers go. Keys are kept as differences from the centre: they
- * share large components, which would use up the steps of an int8. */
+/* Means and counts of the clusters that clusters[n] assigns the tokens from position `first` to (0 <= clusters < k), into the slots from
+ * `at` on; empty ones take none. Returns how many slots. token: where their slot numbers go. Keys are kept as differences from the
+ * centre: they share large components, which would use up the steps of an int8. */
 static int32_t fill_clusters(builder *b, const ivfpq_part *part, const float *centre, int64_t first, int64_t n, int32_t k, int32_t at,
                              uint16_t *token)
 {
@@ -276,7 +276,8 @@ static void build_part(builder *b, int64_t index)
     part.status->coded = true;
 }
 
-/* Codes and runs of tokens [from, end) of the open segment that begins at `first`, with the tables of segment `index`; from is rounded down to a whole run. */
+/* Codes and runs of tokens [from, end) of the open segment that begins at `first`, with the tables of segment `index`; from is rounded
+ * down to a whole run. */
 static void code_open(builder *b, int64_t index, int64_t first, int64_t from, int64_t end)
 {
     const ivfpq *p = b->p;
@@ -346,7 +347,7 @@ quarry_code ivfpq_reserve_seal(attn_policy *policy, quarry_error *error)
 {
     ivfpq *p = (ivfpq *)policy;
     ivfpq_drop_pending(p);
-    int64_t least = p->n_sealed ? p->segment / 4 : ivfpq_min64(IVFPQ_FIRST_SEAL, p->segment);
+    int64_t least = p->n_sealed ? p->segment / IVFPQ_LATER_SEAL : ivfpq_min64(IVFPQ_FIRST_SEAL, p->segment);
     if (p->n_open < least) return QUARRY_OK;
     ivfpq_catch_up(p);
     return push_pending(p, p->open_first, p->n_open, error);

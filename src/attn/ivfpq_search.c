@@ -124,7 +124,8 @@ static float tables_fill(const search *s, const tables *t, attn_cost *cost)
     return widest > 0 ? widest / SCAN_TOP : 1;
 }
 
-/* Keys of each head, [g][n_keys]: 0 for what has no code, else 1 + (score - floor of the head) / step. Views that lie too far below the best one are lifted to what a key can hold. */
+/* Keys of each head, [g][n_keys]: 0 for what has no code, else 1 + (score - floor of the head) / step. Views that lie too far below the
+ * best one are lifted to what a key can hold. */
 static void scan_views(const search *s, const tables *t, uint16_t *keys, float *floor)
 {
     int g = s->g;
@@ -153,8 +154,9 @@ static void scan_views(const search *s, const tables *t, uint16_t *keys, float *
     }
 }
 
-/* One key per token: the largest estimated weight over the heads, each normalised by what its near rows and its far tokens add up to. Of the far ones the codes tell: by the
- * means of clusters alone a head's few sharp tokens would be overlooked, and the head be taken for a flat one whose weights are all large. */
+/* One key per token: the largest estimated weight over the heads, each normalised by what its near rows and its far tokens add up to. Of
+ * the far ones the codes tell: by the means of clusters alone a head's few sharp tokens would be overlooked, and the head be taken for a
+ * flat one whose weights are all large. */
 static void merge_heads(search *s, uint16_t *keys, float *floor, const attention_state *near)
 {
     uint16_t up[ATTN_MAX_GROUP], down[ATTN_MAX_GROUP], top[ATTN_MAX_GROUP];
@@ -196,7 +198,8 @@ static uint16_t find_threshold(const search *s, int64_t k, int64_t *n_ties)
     int64_t reach = s->n_keys, above = 0; /* count(low) and count(high) */
     int low = 0, high = UINT16_MAX + 1;   /* reach >= k > above */
     while (high - low > 1) {
-        /* counts fall about exponentially with the key, so their logarithms are interpolated, away from the ends so that the range always shrinks by an eighth */
+        /* counts fall about exponentially with the key, so their logarithms are interpolated, away from the ends so that the range
+         * always shrinks by an eighth */
         float share = logf((float)reach / (float)k) / logf((float)reach / ((float)above + 0.5f));
         share = fminf(0.875f, fmaxf(0.125f, share));
         int middle = low + (int)(share * (float)(high - low));
@@ -289,7 +292,8 @@ quarry_code ivfpq_select(const attn_policy *policy, int layer, int head, const f
     return QUARRY_OK;
 }
 
-/* unread[h][c] = mean score of the tokens of cluster c that were not selected, left[c] = how many. A cluster with none left gets a score without weight. */
+/* unread[h][c] = mean score of the tokens of cluster c that were not selected, left[c] = how many. A cluster with none left gets a score
+ * without weight. */
 static void correct(const ivfpq *p, const found *f, int64_t n, const float *scores)
 {
     int64_t c = f->n_clusters, n_touched = 0;
@@ -317,8 +321,9 @@ static void correct(const ivfpq *p, const found *f, int64_t n, const float *scor
     }
 }
 
-/* Per cluster with n tokens of which s were selected (point 3 of the method: correct the tail with what was read): unread mean score u = (n q·mean - sum of their scores) / (n - s), mass
- * (n - s) exp(u), value exp(u) (n mean value - sum of their values). The last sum is taken over the rows again, weighted by their cluster's exp(u). */
+/* Per cluster with n tokens of which s were selected (point 3 of the method: correct the tail with what was read): unread mean score u =
+ * (n q·mean - sum of their scores) / (n - s), mass (n - s) exp(u), value exp(u) (n mean value - sum of their values). The last sum is
+ * taken over the rows again, weighted by their cluster's exp(u). */
 void ivfpq_tail(const attn_policy *policy, int layer, int head, const float *q, const attn_selection *sel, const float *scores,
                 const void *const *rows, arena *scratch, attention_state *state, attn_cost *cost)
 {

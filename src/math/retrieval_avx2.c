@@ -66,7 +66,8 @@ INLINE __m256i load_pair(const uint8_t *from, bool whole)
     return whole ? _mm256_loadu_si256((const __m256i *)from) : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)from));
 }
 
-/* Two sub-vectors at a time: a 128-bit lane holds 16 tokens of one of them. Four such steps add up in bytes before they are widened: even and odd tokens to two vectors of u16. */
+/* Two sub-vectors at a time: a 128-bit lane holds 16 tokens of one of them. Four such steps add up in bytes before they are widened:
+ * even and odd tokens to two vectors of u16. */
 INLINE void scan_heads(const uint8_t *codes, int n_sub, int64_t n_blocks, const uint8_t *lut, const int g, const uint16_t *offset,
                        uint16_t *out, int64_t stride)
 {

@@ -44,7 +44,8 @@ static void scan_scalar(const uint8_t *codes, int n_sub, int64_t n_blocks, const
         }
 }
 
-/* 2^x as the bits of a float: exponent and, below the point, mantissa (Schraudolph, "A fast, compact approximation of the exponential function", 1999). */
+/* 2^x as the bits of a float: exponent and, below the point, mantissa (Schraudolph, "A fast, compact approximation of the exponential
+ * function", 1999). */
 static float exp_sum_scalar(const uint16_t *keys, int64_t n, float step, uint16_t *top)
 {
     float factor = step * 0x1.715476p+23f /* log2(e) 2^23 */, sum = 0;

@@ -21,7 +21,8 @@ static double householder(double *x, int n, double *alpha)
     return 2 / (tail2 + x[n - 1] * x[n - 1]);
 }
 
-/* a (symmetric, both halves) -> diagonal, off (off[i] couples i-1 and i), and orthogonal z: a = z T z'. The Householder vectors stay in the rows of a while z is built from them. */
+/* a (symmetric, both halves) -> diagonal, off (off[i] couples i-1 and i), and orthogonal z: a = z T z'. The Householder vectors stay in
+ * the rows of a while z is built from them. */
 static void tridiagonalise(int d, double *a, double *diagonal, double *off, double *z, double *beta, double *p)
 {
     for (int m = d - 1; m > 0; m--) {

@@ -51,7 +51,8 @@ quarry_code vq_metric_make(vq_metric *m, const vq_moments *h, float alpha, float
     return QUARRY_OK;
 }
 
-/* Deals the axes, by falling eigenvalue, to the sub-vector with room whose product of eigenvalues is smallest; place[i] is the output dimension of axis i (values ascend). */
+/* Deals the axes, by falling eigenvalue, to the sub-vector with room whose product of eigenvalues is smallest; place[i] is the output
+ * dimension of axis i (values ascend). */
 static void deal_axes(int d, int n_sub, const float *values, int *place, float *load, int *filled)
 {
     int d_sub = d / n_sub;

@@ -33,7 +33,8 @@ static void count_assigned(const int32_t *assign, int64_t n, int k, int32_t *cou
     for (int64_t t = 0; t < n; t++) counts[assign[t]]++;
 }
 
-/* Means of the assigned points; the centroid of an empty cluster becomes the point farthest from its own centroid, which is then out of the running. value: x·c - |c|²/2. */
+/* Means of the assigned points; the centroid of an empty cluster becomes the point farthest from its own centroid, which is then out of
+ * the running. value: x·c - |c|²/2. */
 static void update(const vq_points *x, int k, float *centroids, const int32_t *assign, float *value, int32_t *counts)
 {
     int d = x->d;
@@ -66,10 +67,12 @@ static void update(const vq_points *x, int k, float *centroids, const int32_t *a
     }
 }
 
-/* value[n], half[k]: scratch. */
-static void lloyd(const math_kernels *kernels, const vq_points *x, int k, int iterations, uint64_t seed, float *centroids, int32_t *assign,
-                  int32_t *counts, float *value, float *half)
+quarry_code vq_kmeans(const math_kernels *kernels, const vq_points *x, int k, int iterations, uint64_t seed, float *centroids,
+                      int32_t *assign, int32_t *counts, arena *scratch, quarry_error *error)
 {
+    float *value = arena_alloc(scratch, (size_t)x->n, sizeof *value, error);
+    float *half = arena_alloc(scratch, (size_t)k, sizeof *half, error);
+    if (!value || !half) return QUARRY_ERROR_MEMORY;
     random_state random;
     random_seed(&random, seed);
     for (int j = 0; j < k; j++) { /* one point of each of k runs of neighbours */
@@ -83,22 +86,13 @@ static void lloyd(const math_kernels *kernels, const vq_points *x, int k, int it
         update(x, k, centroids, assign, value, counts);
     }
     count_assigned(assign, x->n, k, counts);
-}
-
-quarry_code vq_kmeans(const math_kernels *kernels, const vq_points *points, int k, int iterations, uint64_t seed, float *centroids,
-                      int32_t *assign, int32_t *counts, arena *scratch, quarry_error *error)
-{
-    float *value = arena_alloc(scratch, (size_t)points->n, sizeof *value, error);
-    float *half = arena_alloc(scratch, (size_t)k, sizeof *half, error);
-    if (!value || !half) return QUARRY_ERROR_MEMORY;
-    lloyd(kernels, points, k, iterations, seed, centroids, assign, counts, value, half);
     return QUARRY_OK;
 }
 
-/* Scratch of one group: its members, their points in both orders, and what Lloyd's iterations need. */
+/* Scratch of one group: its members, their points in both orders, and their clusters. */
 typedef struct group_scratch {
     int64_t *member;
-    float *rows, *columns, *centroids, *value, *half;
+    float *rows, *columns, *centroids;
     int32_t *assign, *counts;
 } group_scratch;
 
@@ -108,11 +102,9 @@ static bool group_scratch_make(group_scratch *g, size_t n, size_t k, size_t d, a
     g->rows = arena_alloc(scratch, n * d, sizeof *g->rows, error);
     g->columns = arena_alloc(scratch, (size_t)vq_column_stride((int64_t)n) * d, sizeof *g->columns, error);
     g->centroids = arena_alloc(scratch, k * d, sizeof *g->centroids, error);
-    g->value = arena_alloc(scratch, n, sizeof *g->value, error);
-    g->half = arena_alloc(scratch, k, sizeof *g->half, error);
     g->assign = arena_alloc(scratch, n, sizeof *g->assign, error);
     g->counts = arena_alloc(scratch, k, sizeof *g->counts, error);
-    return g->member && g->rows && g->columns && g->centroids && g->value && g->half && g->assign && g->counts;
+    return g->member && g->rows && g->columns && g->centroids && g->assign && g->counts;
 }
 
 quarry_code vq_cluster(const math_kernels *kernels, const vq_points *x, int k, int iterations, uint64_t seed, int32_t *assign,
@@ -123,9 +115,9 @@ quarry_code vq_cluster(const math_kernels *kernels, const vq_points *x, int k, i
     group_scratch g;
     int32_t *group = arena_alloc(scratch, (size_t)x->n, sizeof *group, error);
     if (!group || !group_scratch_make(&g, (size_t)x->n, (size_t)k, (size_t)d, scratch, error)) return QUARRY_ERROR_MEMORY;
-    lloyd(kernels, x, n_groups, iterations, seed, g.centroids, group, g.counts, g.value, g.half);
+    quarry_code code = vq_kmeans(kernels, x, n_groups, iterations, seed, g.centroids, group, g.counts, scratch, error);
     *n_clusters = 0;
-    for (int j = 0; j < n_groups; j++) {
+    for (int j = 0; j < n_groups && code == QUARRY_OK; j++) {
         vq_points part = {g.rows, g.columns, 0, d, 0, x->d};
         for (int64_t t = 0; t < x->n; t++) {
             if (group[t] != j) continue;
@@ -139,11 +131,11 @@ quarry_code vq_cluster(const math_kernels *kernels, const vq_points *x, int k, i
         int clusters = 1 + (int)(seen * (k - n_groups) / x->n - before);
         part.column_stride = vq_column_stride(part.n);
         vq_transpose(g.rows, d, part.n, x->d, g.columns, part.column_stride);
-        lloyd(kernels, &part, clusters, iterations, seed + (uint64_t)j, g.centroids, g.assign, g.counts, g.value, g.half);
-        for (int64_t i = 0; i < part.n; i++) assign[g.member[i]] = *n_clusters + g.assign[i];
+        code = vq_kmeans(kernels, &part, clusters, iterations, seed + (uint64_t)j, g.centroids, g.assign, g.counts, scratch, error);
+        for (int64_t i = 0; i < part.n && code == QUARRY_OK; i++) assign[g.member[i]] = *n_clusters + g.assign[i];
         *n_clusters += clusters;
     }
-    return QUARRY_OK;
+    return code;
 }
 
 /* ---- product codes ---- */
@@ -153,18 +145,17 @@ quarry_code vq_codebook_train(vq_codebook *b, const math_kernels *kernels, const
 {
     int d_sub = b->d / b->n_sub;
     size_t n = (size_t)y->n, cells = (size_t)d_sub * SCAN_CODES;
-    float *value = arena_alloc(scratch, n + SCAN_CODES + cells, sizeof *value, error);
-    int32_t *counts = arena_alloc(scratch, n + SCAN_CODES, sizeof *counts, error);
-    if (!value || !counts) return QUARRY_ERROR_MEMORY;
-    float *half = value + n, *centroids = half + SCAN_CODES;
-    int32_t *own = counts + SCAN_CODES;
+    float *centroids = arena_alloc(scratch, cells, sizeof *centroids, error);
+    int32_t *own = arena_alloc(scratch, n, sizeof *own, error), counts[SCAN_CODES];
+    if (!centroids || !own) return QUARRY_ERROR_MEMORY;
     for (int s = 0; s < b->n_sub; s++) {
         vq_points part = *y;
         part.rows += (int64_t)s * d_sub;
         part.columns += s * d_sub * y->column_stride;
         part.d = d_sub;
-        lloyd(kernels, &part, SCAN_CODES, iterations, seed + (uint64_t)s, centroids, assign ? assign + (size_t)s * n : own, counts, value,
-              half);
+        int32_t *codes = assign ? assign + (size_t)s * n : own;
+        quarry_code code = vq_kmeans(kernels, &part, SCAN_CODES, iterations, seed + (uint64_t)s, centroids, codes, counts, scratch, error);
+        if (code != QUARRY_OK) return code;
         vq_transpose(centroids, d_sub, SCAN_CODES, d_sub, b->centroids + (size_t)s * cells, SCAN_CODES);
     }
     return QUARRY_OK;
