@@ -1,6 +1,7 @@
 # A thin front to CMake and the scripts.
 BUILD  ?= build
 PREFIX ?= /usr/local
+FORMAT_FLAGS = -i
 
 all:
 	@scripts/install-deps.sh --check build
@@ -27,7 +28,7 @@ fuzz:
 	@scripts/fuzz.sh
 
 format:
-	@clang-format -i $$(git ls-files '*.c' '*.h')
+	@find bench examples fuzz include src tests -name '*.[ch]' | xargs clang-format $(FORMAT_FLAGS)
 
 clean:
 	@rm -rf $(BUILD) build-*

@@ -32,7 +32,7 @@ if source=$(scripts/fetch-llama.sh); then export QUARRY_TEST_VOCABS=$source/mode
 
 step "formatting"
 if clang-format --version | grep -q 'version 14\.'; then
-    git ls-files -z '*.c' '*.h' | xargs -0 clang-format --dry-run -Werror
+    make --no-print-directory format FORMAT_FLAGS='--dry-run -Werror'
 else
     echo "NOTE: skipped, the formatting is that of clang-format 14"
 fi
