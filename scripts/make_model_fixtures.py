@@ -14,7 +14,7 @@ All files are little-endian and without padding.
 
 tiny_logits.bin
     char magic[8] "QLOGITS1"; uint32 n_models; then for each model:
-    char name[16] (zeros behind it; the file is name.f32.gguf); uint32 n_tokens, n_positions, n_vocab;
+    char name[16] (zeros behind it; the file is name-f32.gguf); uint32 n_tokens, n_positions, n_vocab;
     int32 tokens[n_tokens]; int32 positions[n_positions] (ascending); float32 logits[n_positions][n_vocab] (what follows tokens[positions[i]])
 
 smollm2_logprobs.bin
@@ -153,7 +153,7 @@ def make_tiny(reference_program):
         for name, m in tiny.MODELS.items():
             rnd = random.Random(100 + m["seed"])
             tokens = [rnd.randrange(tiny.N_VOCAB) for _ in range(N_TOKENS)]
-            path = os.path.join(folder, name + ".f32.gguf")
+            path = os.path.join(folder, name + "-f32.gguf")
             logits = transformers_logits(path, m, tokens)
             other = run_reference(reference_program, path, 0, [tokens])[0][1]
             spread = np.abs(logits).max()

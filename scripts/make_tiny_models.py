@@ -3,7 +3,7 @@
 
     make_tiny_models.py FOLDER [MODEL...]
 
-FOLDER/MODEL.TYPE.gguf, for example llama.f32.gguf (about 0.4 MB; all together 6 MB, in a few seconds). The standard library suffices.
+FOLDER/MODEL-TYPE.gguf, for example llama-f32.gguf (about 0.4 MB; all together 6 MB, in a few seconds). The standard library suffices.
 
 The weights come from random.random() of a fixed seed, which Python promises to keep, and from exactly rounded arithmetic: they are the same on
 every machine, so that stored reference logits (make_model_fixtures.py) belong to them. Their scales make attention choose (scores spread by about 2)
@@ -221,7 +221,7 @@ def main():
         for kind in BLOCK_TYPE:
             types = [tensor_type(n, dims, kind) for n, dims, _ in tensors]
             blocks = [(n, dims, t, quantize(t, x)) for (n, dims, x), t in zip(tensors, types)]
-            write_gguf(os.path.join(folder, "%s.%s.gguf" % (name, kind)), make_pairs(name, MODELS[name], kind), blocks)
+            write_gguf(os.path.join(folder, "%s-%s.gguf" % (name, kind)), make_pairs(name, MODELS[name], kind), blocks)
 
 
 if __name__ == "__main__":
