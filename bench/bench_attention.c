@@ -1,5 +1,6 @@
-/* Attention kernels on one thread: decode over contiguous and gathered rows in GB/s of K|V, dense tiles in GFLOP/s beside what the machine's multiply-adds reach in registers.
- * Levels take turns, so that they see the same noise; minimum and median of the rounds. Usage: bench_attention [d] [g] */
+/* Attention kernels on one thread: decode over contiguous and gathered rows in GB/s of K|V, dense tiles in GFLOP/s beside what the
+ * machine's multiply-adds reach in registers. Levels take turns, so that they see the same noise; minimum and median of the rounds.
+ * Usage: bench_attention [d] [g] */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

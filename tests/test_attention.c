@@ -1,5 +1,5 @@
-/* Attention kernels of every instruction set against a naive softmax in double precision, and against themselves cut otherwise. Values are normal, so that errors are stated
- * against their largest. */
+/* Attention kernels of every instruction set against a naive softmax in double precision, and against themselves cut otherwise. Values
+ * are normal, so that errors are stated against their largest. */
 #include "test.h"
 
 #include <math.h>

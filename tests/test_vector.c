@@ -1,5 +1,5 @@
-/* Vector kernels of every instruction set against double precision (conversions: against scalar, bit for bit). Bounds are relative to the magnitudes that
- * enter a result. */
+/* Vector kernels of every instruction set against double precision (conversions: against scalar, bit for bit). Bounds are relative to
+ * the magnitudes that enter a result. */
 #include "test.h"
 
 #include <math.h>

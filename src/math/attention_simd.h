@@ -1,15 +1,18 @@
 /* The attention kernels on math/simd.h; included once by each instruction set's file, which names the table.
  *
- * rows: bound by memory. Rows go in batches: scores of all heads (a key vector converted once serves up to HEADS heads; four rows share one horizontal sum), one
- * maximum and one vector exp per batch, then the values with o in registers. While a batch is worked on, the next one's lines are brought to the second-level
- * cache: asked into the first level, they keep its few miss buffers busy for the whole latency of memory (Zen 4, gathered rows of 256 bytes: 6.5 GB/s, not 19).
- * One core reads contiguous rows at 21 GB/s with AVX-512, 19 with AVX2 (bench/bench_attention.c; d = 64, three heads).
+ * rows: bound by memory. Rows go in batches: scores of all heads (a key vector converted once serves up to HEADS heads; four rows share
+ * one horizontal sum), one maximum and one vector exp per batch, then the values with o in registers. While a batch is worked on, the
+ * next one's lines are brought to the second-level cache: asked into the first level, they keep its few miss buffers busy for the whole
+ * latency of memory (Zen 4, gathered rows of 256 bytes: 6.5 GB/s, not 19). One core reads contiguous rows at 21 GB/s with AVX-512, 19
+ * with AVX2 (bench/bench_attention.c; d = 64, three heads).
  *
- * tile: bound by arithmetic. Keys (transposed) and values become f32 panels in scratch, each PANEL vectors wide, so that scores and outputs are both the product
+ * tile: bound by arithmetic. Keys (transposed) and values become f32 panels in scratch, each PANEL vectors wide, so that scores and
+ * outputs are both the product
  *
  *     acc[QUERIES][PANEL] += broadcast a[QUERIES][k] * panel[k][PANEL]
  *
- * with all accumulators in registers. Queries go in chunks of CHUNK, so that the panels stay in the first-level cache for several blocks. */
+ * with all accumulators in registers. Queries go in chunks of CHUNK, so that the panels stay in the first-level cache for several
+ * blocks. */
 #include <stdbool.h>
 
 #include "math/attention.h"
@@ -120,8 +123,8 @@ SIMD_INLINE void batch_values(const row_batch *b, float *o, const float *shrink,
         }
 }
 
-/* Turns p[n] from scores to exp(score - new maximum), updates m and l, and returns exp(old maximum - new maximum), by which o shrinks. Scores of
- * -INFINITY weigh 0, also when there is no other. p has room up to a multiple of LANES, and is 0 there afterwards. */
+/* Turns p[n] from scores to exp(score - new maximum), updates m and l, and returns exp(old maximum - new maximum), by which o shrinks.
+ * Scores of -INFINITY weigh 0, also when there is no other. p has room up to a multiple of LANES, and is 0 there afterwards. */
 SIMD_INLINE float weigh(float *p, int n, float *m, float *l)
 {
     vf top = vf_set(*m), sum = vf_zero();
@@ -318,7 +321,8 @@ SIMD_INLINE void score_block(const tile_job *job, const float *q, float *p, int 
         for (int v = 0; v < V; v++) vf_store(p + r * ATTENTION_TILE + first + v * LANES, acc[r][v]);
 }
 
-/* o[R][first …] = o * shrink[R] + p[R] · values of the first n rows, for V vectors from element `first` on; valid: elements of the last vector. */
+/* o[R][first …] = o * shrink[R] + p[R] · values of the first n rows, for V vectors from element `first` on; valid: elements of the last
+ * vector. */
 SIMD_INLINE void value_block(const tile_job *job, const float *p, const float *shrink, float *o, int n, int first, int valid, const int R,
                              const int V)
 {

@@ -1,5 +1,5 @@
-/* One vector of f32 by the widest registers of the file's instruction set: 16 lanes with AVX-512, 8 with AVX2 + FMA + F16C. Kernels written on it
- * are compiled once per instruction set. Private to math's `*_avx2.c` and `*_avx512.c`. */
+/* One vector of f32 by the widest registers of the file's instruction set: 16 lanes with AVX-512, 8 with AVX2 + FMA + F16C. Kernels
+ * written on it are compiled once per instruction set. Private to math's `*_avx2.c` and `*_avx512.c`. */
 #ifndef MATH_SIMD_H
 #define MATH_SIMD_H
 
@@ -51,14 +51,16 @@ SIMD_INLINE vf vf_fma(vf a, vf b, vf c)
 {
     return _mm512_fmadd_ps(a, b, c);
 }
+/* c - a b */
 SIMD_INLINE vf vf_fnma(vf a, vf b, vf c)
 {
     return _mm512_fnmadd_ps(a, b, c);
-} /* c - a b */
+}
+/* b if either is NaN */
 SIMD_INLINE vf vf_max(vf a, vf b)
 {
     return _mm512_max_ps(a, b);
-} /* b if either is NaN */
+}
 SIMD_INLINE vf vf_min(vf a, vf b)
 {
     return _mm512_min_ps(a, b);
@@ -188,14 +190,16 @@ SIMD_INLINE vf vf_fma(vf a, vf b, vf c)
 {
     return _mm256_fmadd_ps(a, b, c);
 }
+/* c - a b */
 SIMD_INLINE vf vf_fnma(vf a, vf b, vf c)
 {
     return _mm256_fnmadd_ps(a, b, c);
-} /* c - a b */
+}
+/* b if either is NaN */
 SIMD_INLINE vf vf_max(vf a, vf b)
 {
     return _mm256_max_ps(a, b);
-} /* b if either is NaN */
+}
 SIMD_INLINE vf vf_min(vf a, vf b)
 {
     return _mm256_min_ps(a, b);
@@ -297,7 +301,7 @@ SIMD_INLINE vf vf_scale(vf p, vf n, vf x, vf least)
 #endif
 
 /* exp(x): 0 below -87.3 (no denormals; -INFINITY included), exp(88) above 88, NaN for NaN. Range reduction to |r| <= ln(2)/2 and the
- * polynomial of Cephes' expf; relative error below 2e-7 (measured over every float by tests/test_vector.c's stride). */
+ * polynomial of Cephes' expf; relative error below 2e-7 (tests/test_vector.c). */
 SIMD_INLINE vf vf_exp(vf x)
 {
     const vf least = vf_set(-87.3f);

@@ -1,4 +1,5 @@
-/* The vector kernels on math/simd.h; included once by each instruction set's file, which names the table. Sums run in several partial sums of LANES. */
+/* The vector kernels on math/simd.h; included once by each instruction set's file, which names the table. Sums run in several partial
+ * sums of LANES. */
 #include "math/simd.h"
 #include "math/vector.h"
 
