@@ -51,22 +51,37 @@ typedef struct bench_run {
 
 /* ---- output ---- */
 
+static void print_dashes(int width, bool right)
+{
+    cli_print("| %s", right ? "" : ":");
+    for (int i = 1; i < width; i++) cli_print("-");
+    cli_print(right ? ": " : " ");
+}
+
+/* A Markdown table; rows are printed as they come, so the widths are those of the model and the policies, known before. */
+static void header_md(int model_width, int attn_width)
+{
+    const int widths[] = {model_width, 10, 10, 10, 7, 6, attn_width, 16, 17};
+    cli_print("| %-*s | %10s | %10s | %-10s | %7s | %6s | %-*s | %16s | %17s |\n", model_width, "model", "size", "params", "isa", "threads",
+              "batch", attn_width, "attn", "test", "t/s");
+    for (int i = 0; i < 9; i++) print_dashes(widths[i], i != 0 && i != 3 && i != 6);
+    cli_print("|\n");
+}
+
 static void result_md(bench_run *r, const speed_result *s)
 {
     char test[64], model[96], size[32];
     const int n = snprintf(test, sizeof test, "%s%lld", s->n_prompt ? "pp" : "tg", (long long)(s->n_prompt ? s->n_prompt : s->n_gen));
     if (s->n_depth) snprintf(test + n, sizeof test - (size_t)n, " @ d%lld", (long long)s->n_depth);
-    snprintf(model, sizeof model, "%s %s", r->info.name, r->info.quantization);
-    if (!r->header_printed) {
-        cli_print("| %-34s | %10s | %9s | %-10s | %7s | %6s | %-16s | %16s | %18s |\n", "model", "size", "params", "isa", "threads",
-                  "batch", "attn", "test", "t/s");
-        cli_print("| :--------------------------------- | ---------: | --------: | :--------- | ------: | -----: | :--------------- | "
-                  "---------------: | -----------------: |\n");
-        r->header_printed = true;
-    }
-    cli_print("| %-34s | %10s | %7.2f M | %-10s | %7d | %6lld | %-16s | %16s | %9.2f ± %6.2f |\n", model,
+    const int model_width = snprintf(model, sizeof model, "%s %s", r->info.name, r->info.quantization);
+    int attn_width = 6;
+    for (int i = 0; i < r->policies.n; i++)
+        if ((int)strlen(r->policies.specs[i]) > attn_width) attn_width = (int)strlen(r->policies.specs[i]);
+    if (!r->header_printed) header_md(model_width, attn_width);
+    r->header_printed = true;
+    cli_print("| %-*s | %10s | %8.2f M | %-10s | %7d | %6lld | %-*s | %16s | %8.2f ± %6.2f |\n", model_width, model,
               cli_bytes((double)r->info.weight_bytes, size), (double)r->info.n_params / 1e6, r->info.kernels, r->info.n_threads,
-              (long long)r->n_batch, s->attn, test, s->mean, s->sd);
+              (long long)r->n_batch, attn_width, s->attn, test, s->mean, s->sd);
 }
 
 /* A text in quotes, its own quotes doubled. */
