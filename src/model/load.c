@@ -161,9 +161,9 @@ quarry_code model_load_weights(quarry_model *m, quarry_error *error)
     quarry_error own = {0}; /* gguf_tensor_data reports only through an error */
     loader l = {.m = m, .error = error ? error : &own};
     const model_shape *s = &m->shape;
-    m->layers = arena_alloc(&m->small, (size_t)s->n_layer, sizeof *m->layers, l.error);
     m->copies = memory_zero((size_t)gguf_n_tensors(m->file), sizeof *m->copies, "model", l.error);
-    if (!m->layers || !m->copies) return QUARRY_ERROR_MEMORY;
+    m->layers = m->copies ? arena_alloc(&m->small, (size_t)s->n_layer, sizeof *m->layers, l.error) : NULL;
+    if (!m->layers) return QUARRY_ERROR_MEMORY;
     memset(m->layers, 0, (size_t)s->n_layer * sizeof *m->layers);
     quarry_code code = load_matrix(&l, "token_embd.weight", s->n_vocab, s->n_embd, false, &m->embedding);
     for (int i = 0; i < s->n_layer && code == QUARRY_OK; i++) code = load_layer(&l, i);
