@@ -1,3 +1,4 @@
+#include <stdio.h>
 #include <string.h>
 
 #include "attn/attn.h"
@@ -26,29 +27,49 @@ static const cli_group info_groups[] = {{"Options", info_table, 0}, {"Model", cl
 
 /* ---- retrieval policies ---- */
 
-/* Calls visit for each line of a policy's options, "budget=0.03 share of …". */
+/* One line of a policy's options, "budget=0.03 share of …": the parts, not NUL-terminated. */
+typedef struct option_line {
+    const char *name, *initial, *help;
+    int n_name, n_initial, n_help;
+} option_line;
+
+/* Takes the next line off *options; false at the end. */
+static bool next_option(const char **options, option_line *line)
+{
+    const char *p = *options;
+    if (!*p) return false;
+    const char *end = p + strcspn(p, "\n");
+    line->name = p;
+    line->n_name = (int)strcspn(p, "= \n");
+    p += line->n_name;
+    p += *p == '=';
+    line->initial = p;
+    line->n_initial = (int)strcspn(p, " \n");
+    p += line->n_initial;
+    p += strspn(p, " ");
+    line->help = p;
+    line->n_help = (int)(end - p);
+    *options = end + (*end == '\n');
+    return true;
+}
+
 static void print_options(const char *options)
 {
-    while (*options) {
-        size_t n = strcspn(options, "\n"), key = strcspn(options, " \n");
-        if (n) cli_print("    %-20.*s %.*s\n", (int)key, options, (int)(n - key ? n - key - 1 : 0), options + key + (n > key));
-        options += n;
-        options += *options == '\n';
+    option_line line;
+    while (next_option(&options, &line)) {
+        char pair[64];
+        snprintf(pair, sizeof pair, "%.*s=%.*s", line.n_name, line.name, line.n_initial, line.initial);
+        cli_print("    %-20s %.*s\n", pair, line.n_help, line.help);
     }
 }
 
 static json_t *options_json(const char *options)
 {
     json_t *list = json_array();
-    while (*options) {
-        size_t n = strcspn(options, "\n"), key = strcspn(options, "= \n"), value = strcspn(options, " \n");
-        size_t at = value > key ? key + 1 : key, text = n > value ? value + 1 : n;
-        if (n)
-            json_array_append_new(list, json_pack("{s:s%, s:s%, s:s%}", "name", options, key, "default", options + at, value - at, "help",
-                                                  options + text, n - text));
-        options += n;
-        options += *options == '\n';
-    }
+    option_line line;
+    while (next_option(&options, &line))
+        json_array_append_new(list, json_pack("{s:s%, s:s%, s:s%}", "name", line.name, (size_t)line.n_name, "default", line.initial,
+                                              (size_t)line.n_initial, "help", line.help, (size_t)line.n_help));
     return list;
 }
 
