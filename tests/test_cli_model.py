@@ -1,0 +1,226 @@
+#!/usr/bin/env python3
+"""The program with a model: test_cli_model.py BUILD_FOLDER
+
+The file that the environment variable QUARRY_TEST_MODEL names, or else a tiny random one from the folder QUARRY_TINY_MODELS, of which
+nothing is expected to make sense."""
+import json
+import os
+import pathlib
+import pty
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+QUARRY = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "build") / "quarry"
+REAL = bool(os.environ.get("QUARRY_TEST_MODEL"))
+MODEL = os.environ.get("QUARRY_TEST_MODEL") or os.path.join(os.environ["QUARRY_TINY_MODELS"], "llama-q4_1.gguf")
+ENVIRONMENT = dict(os.environ, QUARRY_MODEL=MODEL)
+CODE = "7316402"
+FACT = f"One of the special magic numbers for lighthouse is: {CODE}. "
+QUESTION = "What is the special magic number for lighthouse?"
+
+def filler(n_sentences):
+    """Sentences that differ: a small model falls into repeating those that do not."""
+    r = random.Random(1)
+    who = "the keeper|a fisherman|my aunt|the old doctor|nobody|the postman|a stray dog|our teacher|the mayor|a young sailor".split("|")
+    did = "walked along the shore|mended the nets|read the newspaper|waited for the ferry|looked at the clouds|sold two baskets of herring|painted a door".split("|")
+    when = "in the morning|before supper|on Sunday|when the rain stopped|without a word|as every year|after the storm".split("|")
+    return "".join(f"{r.choice(who).capitalize()} {r.choice(did)} {r.choice(when)}. " for _ in range(n_sentences))
+
+
+def quarry(*arguments, text=None, **options):
+    options.setdefault("stdout", subprocess.PIPE)
+    if text is None:
+        options.setdefault("stdin", subprocess.DEVNULL)
+    return subprocess.run([QUARRY, *arguments], input=text, stderr=subprocess.PIPE, env=ENVIRONMENT, timeout=120, text=True, **options)
+
+
+class CliModel(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.TemporaryDirectory()
+        cls.document = os.path.join(cls.folder.name, "island.txt")
+        cls.long_document = os.path.join(cls.folder.name, "long.txt")
+        pathlib.Path(cls.document).write_text(filler(12) + FACT + filler(12))
+        pathlib.Path(cls.long_document).write_text(filler(500))
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.folder.cleanup()
+
+    def ask(self, *arguments, **options):
+        return quarry("ask", "--doc", self.document, *arguments, QUESTION, **options)
+
+    def test_the_answer_is_on_standard_output_and_the_figures_beside_it(self):
+        result = self.ask()
+        self.assertEqual(result.returncode, 0, result.stderr)
+        if REAL:
+            self.assertIn(CODE, result.stdout)
+        for word in ("read ", "answer ", "tokens/s", "full attention", "weights"):
+            self.assertIn(word, result.stderr)
+        quiet = self.ask("-q")
+        self.assertEqual((quiet.stdout, quiet.stderr), (result.stdout, ""))
+
+    def test_json_is_one_object_with_the_answer_and_the_figures(self):
+        result = self.ask("--json")
+        answer = json.loads(result.stdout)
+        self.assertEqual(result.stderr, "")
+        if REAL:
+            self.assertIn(CODE, answer["answer"])
+            self.assertEqual(answer["stop"], "end")
+        self.assertEqual(answer["attention"], "ivfpq")
+        self.assertGreater(answer["read"]["tokens"], 100)
+        self.assertGreater(answer["generated"]["tokens_per_second"], 0)
+        self.assertGreater(answer["kv_read_per_token"]["full_attention_bytes"], 0)
+        self.assertEqual(answer["model"]["architecture"], "llama")
+        self.assertGreater(answer["memory"]["peak_resident"], answer["memory"]["weights"])
+
+    def test_a_document_from_standard_input_answers_as_its_file(self):
+        text = pathlib.Path(self.document).read_text()
+        piped = quarry("ask", "-q", "--doc", "-", QUESTION, text=text)
+        self.assertEqual(piped.stdout, self.ask("-q").stdout)
+
+    def test_of_several_documents_each_is_read_under_its_name(self):
+        one = json.loads(self.ask("--json", "-n", "1").stdout)["read"]["tokens"]
+        two = json.loads(self.ask("--json", "-n", "1", "--doc", self.document).stdout)["read"]["tokens"]
+        self.assertGreater(two, 2 * one - 50)
+        if REAL:
+            self.assertIn(CODE, self.ask("-q", "--doc", self.document).stdout)
+
+    def test_any_bytes_are_a_document(self):
+        garbage = os.path.join(self.folder.name, "garbage.bin")
+        pathlib.Path(garbage).write_bytes(bytes(range(256)) * 4 + b"\xff\xfe\xf0\x9f" + b"<|im_end|>")
+        answer = json.loads(quarry("ask", "--json", "-n", "8", "--doc", garbage, "What is this?").stdout)
+        self.assertGreater(answer["read"]["tokens"], 200)
+
+    def test_a_document_that_does_not_fit_is_refused_before_any_work(self):
+        for arguments, words in (((), "shorten the text"), (("-c", "400"), "raise -c")):
+            document = self.long_document if arguments else os.path.join(self.folder.name, "longer.txt")
+            if not arguments:
+                pathlib.Path(document).write_text(filler(5000))
+            result = quarry("ask", *arguments, "--doc", document, "What?")
+            self.assertEqual((result.returncode, result.stdout), (1, ""))
+            self.assertRegex(result.stderr, r"^quarry: .* \d+ tokens, .*\d+.*\n$")
+            self.assertIn(words, result.stderr)
+
+    def test_the_limit_of_tokens_and_stop_strings_end_the_answer(self):
+        cut = json.loads(self.ask("--json", "-n", "3").stdout)
+        self.assertEqual((cut["stop"], cut["generated"]["tokens"]), ("length", 3))
+        whole = json.loads(self.ask("--json", "-n", "40").stdout)["answer"]
+        middle = whole[len(whole) // 2 :][:4]
+        stopped = json.loads(self.ask("--json", "-n", "40", "--stop", middle.replace("\\", "\\\\")).stdout)
+        self.assertEqual((stopped["stop"], stopped["answer"]), ("stop", whole[: whole.index(middle)]))
+
+    def test_a_full_context_ends_the_answer(self):
+        read = json.loads(self.ask("--json", "-n", "0").stdout)
+        length = read["read"]["tokens"] + read["question"]["tokens"]
+        full = json.loads(self.ask("--json", "-c", str(length + 5), "--ignore-eos").stdout)
+        self.assertEqual((full["stop"], full["generated"]["tokens"]), ("context", 5))
+
+    def test_a_seed_repeats_an_answer(self):
+        def sample(seed):
+            return quarry("run", "-q", "-n", "20", "--temp", "1.5", "-s", str(seed), "-p", "Once upon a time").stdout
+
+        self.assertEqual(sample(1), sample(1))
+        self.assertGreater(len({sample(seed) for seed in range(4)}), 1)
+
+    def test_logit_bias_forbids_a_token(self):
+        prompt = "The capital of France is"
+        greedy = quarry("run", "-q", "-n", "1", prompt).stdout.removesuffix("\n")
+        tokens = json.loads(quarry("tokenize", "--json", "--no-special", "-p", greedy).stdout)["tokens"]
+        self.assertEqual(len(tokens), 1)
+        forbidden = f"{tokens[0]['id']}-inf"
+        self.assertNotEqual(quarry("run", "-q", "-n", "1", "--logit-bias", forbidden, prompt).stdout.removesuffix("\n"), greedy)
+        wrong = quarry("run", "--logit-bias", "99999999+1", "-p", "a")
+        self.assertEqual(wrong.returncode, 2)
+        self.assertIn("99999999+1", wrong.stderr)
+
+    def test_a_text_is_continued_alike_from_argument_file_and_input(self):
+        prompt = "One, two, three, four, five,"
+        path = os.path.join(self.folder.name, "prompt.txt")
+        pathlib.Path(path).write_text(prompt)
+        given = [quarry("run", "-q", "-n", "6", *where, text=text) for where, text in (((prompt,), None), (("-p", prompt), None), (("-f", path), None), ((), prompt))]
+        self.assertEqual({result.stdout for result in given}, {given[0].stdout})
+        self.assertEqual({result.returncode for result in given}, {0})
+        if REAL:
+            self.assertIn("six", given[0].stdout)
+
+    def test_tokens_put_together_are_the_text(self):
+        text = "naïve café 🦉\n\ttabs"
+        tokens = json.loads(quarry("tokenize", "--json", "--no-special", text).stdout)["tokens"]
+        pieces = b"".join(t["piece"].encode() if isinstance(t["piece"], str) else bytes(t["piece"]) for t in tokens)
+        self.assertEqual(pieces.decode(), text)
+        ids = quarry("tokenize", "--ids", "--no-special", text).stdout.split()
+        self.assertEqual([int(i) for i in ids], [t["id"] for t in tokens])
+        lines = subprocess.run([QUARRY, "tokenize", "--no-special", text], capture_output=True, env=ENVIRONMENT, timeout=60).stdout.splitlines()
+        self.assertEqual(len(lines), len(tokens))  # a line may hold part of a character
+
+    def test_info_reckons_with_the_context(self):
+        small, large = (json.loads(quarry("info", "--json", "-c", c).stdout) for c in ("1024", "8192"))
+        self.assertEqual(large["memory"]["kv"], 8 * small["memory"]["kv"])
+        self.assertEqual(small["architecture"], "llama")
+        text = quarry("info").stdout
+        for word in ("parameters", "kernels", "keys and values", "index"):
+            self.assertIn(word, text)
+
+    def test_wrong_policies_are_refused_by_name(self):
+        for policy in ("ivfqp", "ivfpq:budgte=0.1", "ivfpq:budget=much"):
+            result = self.ask("--attn", policy)
+            self.assertEqual((result.returncode, result.stdout), (1, ""))
+            self.assertEqual(len(result.stderr.splitlines()), 1)
+
+    def test_a_full_disk_is_an_error(self):
+        with open("/dev/full", "w") as full:
+            result = self.ask(stdout=full)
+        self.assertEqual(result.returncode, 1)
+        self.assertIn("No space left", result.stderr)
+
+    def test_a_reader_that_went_away_ends_it_quietly(self):
+        process = subprocess.Popen([QUARRY, "run", "-q", "--ignore-eos", "-n", "500", "-p", "Once"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, env=ENVIRONMENT)
+        process.stdout.read(1)
+        process.stdout.close()
+        self.assertIn(process.wait(timeout=60), (141, -signal.SIGPIPE))
+        self.assertEqual(process.stderr.read(), b"")
+        process.stderr.close()
+
+    def test_an_interrupt_while_reading_ends_it(self):
+        controller, terminal = pty.openpty()
+        process = subprocess.Popen([QUARRY, "ask", "-t", "1", "-b", "1", "--doc", self.long_document, "What?"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=terminal, env=ENVIRONMENT)
+        os.close(terminal)
+        shown = b""
+        while b"reading" not in shown:  # the progress bar
+            shown += os.read(controller, 4096)
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(timeout=60), 130)
+        self.assertLess(time.monotonic() - started, 10)
+        try:
+            while chunk := os.read(controller, 4096):
+                shown += chunk
+        except OSError:  # the terminal is gone with the process
+            pass
+        self.assertRegex(shown, rb"\d+/\d+ tokens +\d+ tokens/s +.* left")
+        self.assertTrue(shown.endswith(b"quarry: interrupted\r\n"), shown)
+        self.assertEqual(process.stdout.read(), b"")
+        process.stdout.close()
+        os.close(controller)
+
+    def test_an_interrupt_while_answering_ends_it(self):
+        process = subprocess.Popen([QUARRY, "run", "--ignore-eos", "-n", "5000", "-p", "Once"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, env=ENVIRONMENT)
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 130)
+        self.assertTrue(out.endswith(b"\n"))
+        self.assertEqual(err, b"quarry: interrupted\n")
+
+
+if __name__ == "__main__":
+    unittest.main(argv=sys.argv[:1])
