@@ -1,15 +1,8 @@
 /* Metrics against values computed elsewhere (NumPy, SciPy), the needle builder, and lists from the command line. */
 #include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <string.h>
-
-#include <cmocka.h>
 
 #include "eval/eval.h"
+#include "test.h"
 
 static void close_to(double got, double expected, double bound)
 {

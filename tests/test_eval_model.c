@@ -1,16 +1,6 @@
 /* The tasks on the real model named by QUARRY_TEST_MODEL, at small depths. */
-#include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include <cmocka.h>
-
 #include "eval/eval.h"
+#include "test.h"
 
 typedef struct fixture {
     quarry_model *model;
@@ -66,80 +56,24 @@ static const fixture *need_model(void **state)
     return *state;
 }
 
-static void kld_of_full_is_zero_and_window_reads_less(void **state)
+static void window_predicts_less_well_than_full(void **state)
 {
     const fixture *f = need_model(state);
-    const char *attn[] = {"full", "window"};
+    const char *attn[] = {"ivfpq:budget=1", "window"};
     const kld_params params = {.attn = attn, .n_attn = 2, .texts = &f->text, .n_texts = 1, .depth = 300, .n_steps = 8, .samples = 2};
     kld_result r[3];
     quarry_error error = {0};
     if (kld_measure(f->model, &params, NULL, r, &error) != QUARRY_OK) fail_msg("%s", error.message);
-    for (int i = 0; i < 3; i++) assert_int_equal(r[i].kld.n, 16);
-    assert_true(r[0].kld.max == 0 && r[1].kld.max == 0);
-    assert_true(r[1].agreement == 1 && r[1].perplexity == r[0].perplexity && r[1].reading.rows_share == 1);
-    assert_true(r[2].kld.mean > 0 && r[2].kld.mean < 20);
-    assert_true(r[2].reading.rows_share > 0.1 && r[2].reading.rows_share < 0.5);
-    assert_true(r[0].perplexity > 1 && r[0].perplexity < 200);
-}
-
-static void kld_asks_for_enough_text(void **state)
-{
-    const fixture *f = need_model(state);
-    const kld_params params = {.texts = &f->text, .n_texts = 1, .depth = f->text.n_tokens - 8, .n_steps = 8, .samples = 1};
-    kld_result r;
-    quarry_error error;
-    assert_int_equal(kld_measure(f->model, &params, NULL, &r, &error), QUARRY_ERROR_ARGUMENT);
-    assert_non_null(strstr(error.message, "sentences"));
-}
-
-static void unknown_policy_is_an_error(void **state)
-{
-    const fixture *f = need_model(state);
-    const char *attn[] = {"nonesuch"};
-    const kld_params params = {.attn = attn, .n_attn = 1, .texts = &f->text, .n_texts = 1, .depth = 10, .n_steps = 1, .samples = 1};
-    kld_result r[2];
-    quarry_error error;
-    assert_int_equal(kld_measure(f->model, &params, NULL, r, &error), QUARRY_ERROR_ARGUMENT);
-    assert_non_null(strstr(error.message, "nonesuch"));
-}
-
-static void too_deep_is_said_before_reading(void **state)
-{
-    const fixture *f = need_model(state);
-    quarry_model_info info;
-    quarry_model_get_info(f->model, &info);
-    const int64_t depth = info.n_ctx_train - 4;
-    const eval_text text = {"claimed", f->tokens, info.n_ctx_train * 2}; /* never read */
-    const kld_params params = {.texts = &text, .n_texts = 1, .depth = depth, .n_steps = 8, .samples = 1};
-    const needle_params needles = {
-        .texts = &f->text, .n_texts = 1, .depths = &depth, .n_depths = 1, .count = 1, .needles = 1, .n_answer = 32};
-    kld_result k;
-    needle_result n;
-    quarry_error error;
-    assert_int_equal(kld_measure(f->model, &params, NULL, &k, &error), QUARRY_ERROR_CONTEXT);
-    assert_int_equal(needle_measure(f->model, &needles, NULL, NULL, NULL, &n, &error), QUARRY_ERROR_CONTEXT);
-}
-
-static bool stop_at_once(int64_t done, int64_t total, void *data)
-{
-    (void)done, (void)total, (void)data;
-    return false;
-}
-
-static void a_watcher_can_stop_the_measurement(void **state)
-{
-    const fixture *f = need_model(state);
-    const kld_params params = {.texts = &f->text, .n_texts = 1, .depth = 200, .n_steps = 4, .samples = 1};
-    const quarry_watch watch = {stop_at_once, NULL};
-    kld_result r;
-    assert_int_equal(kld_measure(f->model, &params, &watch, &r, NULL), QUARRY_ERROR_CANCELLED);
+    assert_true(r[0].perplexity > 1 && r[0].perplexity < 100);
+    assert_true(r[1].kld.mean < 0.001 && r[1].agreement > 0.9);
+    assert_true(r[2].kld.mean > 10 * r[1].kld.mean && r[2].perplexity > r[0].perplexity);
 }
 
 static void count_answers(const needle_answer *a, void *data)
 {
     int *n = data;
     n[a->correct]++;
-    assert_true(a->needle->at > 0 && a->needle->at < a->n_tokens);
+    assert_true(a->needle->at >= 0 && a->needle->at < a->n_tokens);
 }
 
 static void full_finds_needles_that_window_cannot_see(void **state)
@@ -170,44 +104,11 @@ static void full_finds_needles_that_window_cannot_see(void **state)
     assert_true(r[2].kld.mean > 0.01 && r[2].reading.rows_share < 0.3);
 }
 
-typedef struct speeds {
-    int n;
-    speed_result results[8];
-} speeds;
-
-static void keep_speed(const speed_result *result, void *data)
-{
-    speeds *s = data;
-    s->results[s->n++] = *result;
-    assert_true(result->mean > 0 && result->sd >= 0 && isfinite(result->mean));
-    for (int i = 0; i < result->n_samples; i++) assert_true(result->samples[i] > 0);
-}
-
-static void speed_reports_every_test_of_every_policy(void **state)
-{
-    const fixture *f = need_model(state);
-    const char *attn[] = {"full", "window"};
-    const int64_t prompts[] = {16, 0}, gens[] = {2};
-    const speed_params params = {
-        .attn = attn, .n_attn = 2, .n_prompt = prompts, .n_gen = gens, .n_prompts = 2, .n_gens = 1, .depth = 100, .repetitions = 2};
-    speeds s = {0};
-    quarry_error error = {0};
-    if (speed_measure(f->model, &params, NULL, keep_speed, &s, &error) != QUARRY_OK) fail_msg("%s", error.message);
-    assert_int_equal(s.n, 4);
-    assert_true(s.results[0].n_prompt == 16 && s.results[0].n_gen == 0 && s.results[0].n_depth == 100 && s.results[0].n_samples == 2);
-    assert_true(s.results[3].n_prompt == 0 && s.results[3].n_gen == 2 && strcmp(s.results[3].attn, "window") == 0);
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(kld_of_full_is_zero_and_window_reads_less),
-        cmocka_unit_test(kld_asks_for_enough_text),
-        cmocka_unit_test(unknown_policy_is_an_error),
-        cmocka_unit_test(too_deep_is_said_before_reading),
-        cmocka_unit_test(a_watcher_can_stop_the_measurement),
+        cmocka_unit_test(window_predicts_less_well_than_full),
         cmocka_unit_test(full_finds_needles_that_window_cannot_see),
-        cmocka_unit_test(speed_reports_every_test_of_every_policy),
     };
     return cmocka_run_group_tests(tests, open_model, close_model);
 }

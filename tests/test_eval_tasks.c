@@ -1,0 +1,245 @@
+/* The tasks on a tiny random model: what they count and report, whatever the numbers are. */
+#include <math.h>
+
+#include "eval/eval.h"
+#include "test.h"
+
+typedef struct fixture {
+    quarry_model *model;
+    int32_t *tokens;
+    eval_text text;
+} fixture;
+
+/* Sentences that are all different, about 1,500 tokens. */
+static int64_t make_text(const quarry_model *model, int32_t **tokens)
+{
+    static const char *const who[] = {"The miller",  "Her sister",  "An old sailor", "The gardener",
+                                      "Our teacher", "A traveller", "The captain"};
+    static const char *const did[] = {"walked down to", "wrote a letter about", "had long forgotten", "could not stop talking of",
+                                      "sat quietly near"};
+    static const char *const what[] = {"the river", "the church on the hill", "the winter market", "a house with green doors"};
+    char text[8192];
+    size_t n = 0;
+    for (int i = 0; i < 120; i++)
+        n += (size_t)snprintf(text + n, sizeof text - n, "%s %s %s.%s", who[i % 7], did[i % 5], what[i / 5 % 4], i % 6 == 5 ? "\n" : " ");
+    return quarry_tokenize(model, text, n, false, tokens, NULL);
+}
+
+static int open_model(void **state)
+{
+    static fixture f;
+    char path[512];
+    const char *folder = getenv("QUARRY_TINY_MODELS");
+    if (!folder) fail_msg("QUARRY_TINY_MODELS is not set: run through ctest, or make the models with scripts/make_tiny_models.py");
+    snprintf(path, sizeof path, "%s/llama-f32.gguf", folder);
+    const quarry_model_params params = {.n_threads = 2};
+    quarry_error error;
+    if (!(f.model = quarry_model_open(path, &params, &error))) {
+        fprintf(stderr, "%s\n", error.message);
+        return -1;
+    }
+    const int64_t n = make_text(f.model, &f.tokens);
+    f.text = (eval_text){"sentences", f.tokens, n};
+    *state = &f;
+    return n > 0 ? 0 : -1;
+}
+
+static int close_model(void **state)
+{
+    const fixture *f = *state;
+    quarry_free(f->tokens);
+    quarry_model_close(f->model);
+    return 0;
+}
+
+static void kld_of_full_is_zero_and_window_reads_less(void **state)
+{
+    const fixture *f = *state;
+    const char *attn[] = {"full", "window"};
+    const kld_params params = {.attn = attn, .n_attn = 2, .texts = &f->text, .n_texts = 1, .depth = 300, .n_steps = 8, .samples = 2};
+    kld_result r[3];
+    quarry_error error = {0};
+    if (kld_measure(f->model, &params, NULL, r, &error) != QUARRY_OK) fail_msg("%s", error.message);
+    for (int i = 0; i < 3; i++) assert_int_equal(r[i].kld.n, 16);
+    assert_true(r[0].kld.max == 0 && r[1].kld.max == 0);
+    assert_true(r[1].agreement == 1 && r[1].perplexity == r[0].perplexity && r[1].reading.rows_share == 1);
+    assert_true(r[2].kld.mean > 0 && r[2].kld.mean < 20);
+    assert_true(r[2].reading.rows_share > 0.1 && r[2].reading.rows_share < 0.5);
+}
+
+static void kld_asks_for_enough_text(void **state)
+{
+    const fixture *f = *state;
+    const kld_params params = {.texts = &f->text, .n_texts = 1, .depth = f->text.n_tokens - 8, .n_steps = 8, .samples = 1};
+    kld_result r;
+    quarry_error error;
+    assert_int_equal(kld_measure(f->model, &params, NULL, &r, &error), QUARRY_ERROR_ARGUMENT);
+    assert_non_null(strstr(error.message, "sentences"));
+}
+
+static void unknown_policy_is_an_error(void **state)
+{
+    const fixture *f = *state;
+    const char *attn[] = {"nonesuch"};
+    const kld_params params = {.attn = attn, .n_attn = 1, .texts = &f->text, .n_texts = 1, .depth = 10, .n_steps = 1, .samples = 1};
+    kld_result r[2];
+    quarry_error error;
+    assert_int_equal(kld_measure(f->model, &params, NULL, r, &error), QUARRY_ERROR_ARGUMENT);
+    assert_non_null(strstr(error.message, "nonesuch"));
+}
+
+static void too_deep_is_said_before_reading(void **state)
+{
+    const fixture *f = *state;
+    quarry_model_info info;
+    quarry_model_get_info(f->model, &info);
+    const int64_t depth = info.n_ctx_train - 4;
+    const eval_text text = {"claimed", f->tokens, info.n_ctx_train * 2}; /* never read */
+    const kld_params params = {.texts = &text, .n_texts = 1, .depth = depth, .n_steps = 8, .samples = 1};
+    const needle_params needles = {
+        .texts = &f->text, .n_texts = 1, .depths = &depth, .n_depths = 1, .count = 1, .needles = 1, .n_answer = 32};
+    kld_result k;
+    needle_result n;
+    quarry_error error;
+    assert_int_equal(kld_measure(f->model, &params, NULL, &k, &error), QUARRY_ERROR_CONTEXT);
+    assert_int_equal(needle_measure(f->model, &needles, NULL, NULL, NULL, &n, &error), QUARRY_ERROR_CONTEXT);
+}
+
+static bool stop_at_once(int64_t done, int64_t total, void *data)
+{
+    (void)done, (void)total, (void)data;
+    return false;
+}
+
+static void a_watcher_can_stop_the_measurement(void **state)
+{
+    const fixture *f = *state;
+    const kld_params params = {.texts = &f->text, .n_texts = 1, .depth = 200, .n_steps = 4, .samples = 1};
+    const quarry_watch watch = {stop_at_once, NULL};
+    kld_result r;
+    assert_int_equal(kld_measure(f->model, &params, &watch, &r, NULL), QUARRY_ERROR_CANCELLED);
+}
+
+static void count_answers(const needle_answer *a, void *data)
+{
+    int *n = data;
+    n[a->correct]++;
+    assert_true(a->needle->at >= 0 && a->needle->at < a->n_tokens);
+}
+
+static void every_needle_is_asked_for_under_every_policy(void **state)
+{
+    const fixture *f = *state;
+    const char *attn[] = {"full", "ivfpq", "window"};
+    const int64_t depths[] = {300, 400};
+    const needle_params params = {.attn = attn,
+                                  .n_attn = 3,
+                                  .texts = &f->text,
+                                  .n_texts = 1,
+                                  .depths = depths,
+                                  .n_depths = 2,
+                                  .count = 2,
+                                  .needles = 2,
+                                  .n_answer = 4,
+                                  .seed = 3};
+    needle_result r[4];
+    int n[2] = {0};
+    quarry_error error = {0};
+    if (needle_measure(f->model, &params, NULL, count_answers, n, r, &error) != QUARRY_OK) fail_msg("%s", error.message);
+    assert_int_equal(n[0] + n[1], 8 * 4);
+    for (int i = 0; i < 4; i++) assert_int_equal(r[i].asked, 8);
+    assert_true(r[0].kld.n > 0 && r[3].kld.n == r[0].kld.n);
+    assert_true(r[1].kld.max == 0 && r[1].reading.bytes_share == 1);
+    assert_true(r[3].kld.mean > 0 && r[3].reading.rows_share < 0.5);
+}
+
+static void needles_need_room(void **state)
+{
+    const fixture *f = *state;
+    const int64_t depth = 120;
+    const needle_params params = {
+        .texts = &f->text, .n_texts = 1, .depths = &depth, .n_depths = 1, .count = 1, .needles = NEEDLE_MAX, .n_answer = 4};
+    needle_result r;
+    quarry_error error;
+    assert_int_equal(needle_measure(f->model, &params, NULL, NULL, NULL, &r, &error), QUARRY_ERROR_ARGUMENT);
+    assert_non_null(strstr(error.message, "sentences"));
+}
+
+static void lack_of_memory_is_an_error_anywhere(void **state)
+{
+    const fixture *f = *state;
+    const char *attn[] = {"window"};
+    const int64_t depth = 200;
+    const kld_params kld = {.attn = attn, .n_attn = 1, .texts = &f->text, .n_texts = 1, .depth = 40, .n_steps = 2, .samples = 1};
+    const needle_params needles = {.attn = attn,
+                                   .n_attn = 1,
+                                   .texts = &f->text,
+                                   .n_texts = 1,
+                                   .depths = &depth,
+                                   .n_depths = 1,
+                                   .count = 1,
+                                   .needles = 1,
+                                   .n_answer = 2};
+    kld_result k[2];
+    needle_result n[2];
+    quarry_error error;
+    bool kld_done = false, needle_done = false;
+    int64_t failures = 0;
+    for (int64_t i = 0; i < 20000 && !(kld_done && needle_done); i = i < 60 ? i + 1 : i + i / 8) {
+        memory_fail_after(i);
+        const quarry_code kld_code = kld_done ? QUARRY_OK : kld_measure(f->model, &kld, NULL, k, &error);
+        memory_fail_after(i);
+        const quarry_code needle_code = needle_done ? QUARRY_OK : needle_measure(f->model, &needles, NULL, NULL, NULL, n, &error);
+        memory_fail_after(-1);
+        assert_true(kld_code == QUARRY_OK || kld_code == QUARRY_ERROR_MEMORY);
+        assert_true(needle_code == QUARRY_OK || needle_code == QUARRY_ERROR_MEMORY);
+        kld_done = kld_code == QUARRY_OK;
+        needle_done = needle_code == QUARRY_OK;
+        failures += kld_code != QUARRY_OK;
+    }
+    assert_true(kld_done && needle_done && failures > 20);
+}
+
+typedef struct speeds {
+    int n;
+    speed_result results[8];
+} speeds;
+
+static void keep_speed(const speed_result *result, void *data)
+{
+    speeds *s = data;
+    s->results[s->n++] = *result;
+    assert_true(result->mean > 0 && result->sd >= 0 && isfinite(result->mean));
+    for (int i = 0; i < result->n_samples; i++) assert_true(result->samples[i] > 0);
+}
+
+static void speed_reports_every_test_of_every_policy(void **state)
+{
+    const fixture *f = *state;
+    const char *attn[] = {"full", "window"};
+    const int64_t prompts[] = {16, 0}, gens[] = {2};
+    const speed_params params = {
+        .attn = attn, .n_attn = 2, .n_prompt = prompts, .n_gen = gens, .n_prompts = 2, .n_gens = 1, .depth = 100, .repetitions = 2};
+    speeds s = {0};
+    quarry_error error = {0};
+    if (speed_measure(f->model, &params, NULL, keep_speed, &s, &error) != QUARRY_OK) fail_msg("%s", error.message);
+    assert_int_equal(s.n, 4);
+    assert_true(s.results[0].n_prompt == 16 && s.results[0].n_gen == 0 && s.results[0].n_depth == 100 && s.results[0].n_samples == 2);
+    assert_true(s.results[3].n_prompt == 0 && s.results[3].n_gen == 2 && strcmp(s.results[3].attn, "window") == 0);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(kld_of_full_is_zero_and_window_reads_less),
+        cmocka_unit_test(kld_asks_for_enough_text),
+        cmocka_unit_test(unknown_policy_is_an_error),
+        cmocka_unit_test(too_deep_is_said_before_reading),
+        cmocka_unit_test(a_watcher_can_stop_the_measurement),
+        cmocka_unit_test(every_needle_is_asked_for_under_every_policy),
+        cmocka_unit_test(needles_need_room),
+        cmocka_unit_test(lack_of_memory_is_an_error_anywhere),
+        cmocka_unit_test(speed_reports_every_test_of_every_policy),
+    };
+    return cmocka_run_group_tests(tests, open_model, close_model);
+}
