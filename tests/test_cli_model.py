@@ -1,27 +1,28 @@
 #!/usr/bin/env python3
 """The program with a model: test_cli_model.py BUILD_FOLDER
 
-The file that the environment variable QUARRY_TEST_MODEL names, or else a tiny random one from the folder QUARRY_TINY_MODELS, of which
-nothing is expected to make sense."""
+A tiny random one from the folder that the environment variable QUARRY_TINY_MODELS names, of which nothing is expected to make sense; what
+makes sense is asked of the model that QUARRY_TEST_MODEL names."""
 import json
 import os
 import pathlib
 import pty
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 
 QUARRY = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "build") / "quarry"
-REAL = bool(os.environ.get("QUARRY_TEST_MODEL"))
-MODEL = os.environ.get("QUARRY_TEST_MODEL") or os.path.join(os.environ["QUARRY_TINY_MODELS"], "llama-q4_1.gguf")
-ENVIRONMENT = dict(os.environ, QUARRY_MODEL=MODEL)
+TINY_MODEL = os.path.join(os.environ.get("QUARRY_TINY_MODELS", ""), "llama-q4_1.gguf")
+REAL_MODEL = os.environ.get("QUARRY_TEST_MODEL")
+ENVIRONMENT = dict(os.environ, QUARRY_MODEL=TINY_MODEL)
 CODE = "7316402"
 FACT = f"One of the special magic numbers for lighthouse is: {CODE}. "
 QUESTION = "What is the special magic number for lighthouse?"
+
 
 def filler(n_sentences):
     """Sentences that differ: a small model falls into repeating those that do not."""
@@ -39,6 +40,7 @@ def quarry(*arguments, text=None, **options):
     return subprocess.run([QUARRY, *arguments], input=text, stderr=subprocess.PIPE, env=ENVIRONMENT, timeout=120, text=True, **options)
 
 
+@unittest.skipUnless(os.path.exists(TINY_MODEL), "QUARRY_TINY_MODELS does not name the folder of make_tiny_models.py")
 class CliModel(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -58,8 +60,6 @@ class CliModel(unittest.TestCase):
     def test_the_answer_is_on_standard_output_and_the_figures_beside_it(self):
         result = self.ask()
         self.assertEqual(result.returncode, 0, result.stderr)
-        if REAL:
-            self.assertIn(CODE, result.stdout)
         for word in ("read ", "answer ", "tokens/s", "full attention", "weights"):
             self.assertIn(word, result.stderr)
         quiet = self.ask("-q")
@@ -69,9 +69,6 @@ class CliModel(unittest.TestCase):
         result = self.ask("--json")
         answer = json.loads(result.stdout)
         self.assertEqual(result.stderr, "")
-        if REAL:
-            self.assertIn(CODE, answer["answer"])
-            self.assertEqual(answer["stop"], "end")
         self.assertEqual(answer["attention"], "ivfpq")
         self.assertGreater(answer["read"]["tokens"], 100)
         self.assertGreater(answer["generated"]["tokens_per_second"], 0)
@@ -88,8 +85,6 @@ class CliModel(unittest.TestCase):
         one = json.loads(self.ask("--json", "-n", "1").stdout)["read"]["tokens"]
         two = json.loads(self.ask("--json", "-n", "1", "--doc", self.document).stdout)["read"]["tokens"]
         self.assertGreater(two, 2 * one - 50)
-        if REAL:
-            self.assertIn(CODE, self.ask("-q", "--doc", self.document).stdout)
 
     def test_any_bytes_are_a_document(self):
         garbage = os.path.join(self.folder.name, "garbage.bin")
@@ -98,14 +93,41 @@ class CliModel(unittest.TestCase):
         self.assertGreater(answer["read"]["tokens"], 200)
 
     def test_a_document_that_does_not_fit_is_refused_before_any_work(self):
-        for arguments, words in (((), "shorten the text"), (("-c", "400"), "raise -c")):
-            document = self.long_document if arguments else os.path.join(self.folder.name, "longer.txt")
-            if not arguments:
-                pathlib.Path(document).write_text(filler(5000))
-            result = quarry("ask", *arguments, "--doc", document, "What?")
+        longer = os.path.join(self.folder.name, "longer.txt")
+        pathlib.Path(longer).write_text(filler(5000))
+        trained = json.loads(quarry("info", "--json").stdout)["shape"]["context"]
+        for arguments, limit, advice in (([], trained, "shorten the text"), (["-c", "400"], 400, "raise -c"), (["-c", "400", "-q"], 400, "raise -c")):
+            result = quarry("ask", *arguments, "--doc", self.long_document if arguments else longer, "What?")
             self.assertEqual((result.returncode, result.stdout), (1, ""))
-            self.assertRegex(result.stderr, r"^quarry: .* \d+ tokens, .*\d+.*\n$")
-            self.assertIn(words, result.stderr)
+            line = re.fullmatch(r"quarry: the documents and the question take (\d+) tokens, (.*)\n", result.stderr)
+            self.assertIsNotNone(line, result.stderr)
+            self.assertGreater(int(line[1]), limit)
+            self.assertIn(f" {limit}", line[2])
+            self.assertIn(advice, line[2])
+
+    def test_files_that_are_no_models_are_named(self):
+        whole = pathlib.Path(TINY_MODEL).read_bytes()
+        broken = os.path.join(self.folder.name, "broken.gguf")
+        for content in (b"", whole[:3], whole[:20], whole[:2000], whole[: len(whole) // 2], whole[:-1000], b"GGML" + whole[4:]):
+            pathlib.Path(broken).write_bytes(content)
+            for command in (["info"], ["tokenize", "-p", "a"], ["ask", "a"]):
+                result = quarry(*command, "-m", broken)
+                self.assertEqual((result.returncode, result.stdout), (1, ""))
+                self.assertRegex(result.stderr, r"^quarry: .*broken\.gguf.*\n$")
+        result = quarry("info", "-m", self.folder.name)
+        self.assertEqual(result.returncode, 1)
+        self.assertIn(self.folder.name, result.stderr)
+
+    def test_files_that_may_not_be_read_are_named(self):
+        secret = os.path.join(self.folder.name, "secret.txt")
+        pathlib.Path(secret).write_text("secret")
+        os.chmod(secret, 0)
+        if os.access(secret, os.R_OK):
+            self.skipTest("this user may read everything")
+        for arguments in (["ask", "--doc", secret, "What?"], ["run", "-f", secret], ["info", "-m", secret]):
+            result = quarry(*arguments)
+            self.assertEqual((result.returncode, result.stdout), (1, ""))
+            self.assertRegex(result.stderr, r"^quarry: .*secret\.txt.*Permission denied.*\n$")
 
     def test_the_limit_of_tokens_and_stop_strings_end_the_answer(self):
         cut = json.loads(self.ask("--json", "-n", "3").stdout)
@@ -146,8 +168,6 @@ class CliModel(unittest.TestCase):
         given = [quarry("run", "-q", "-n", "6", *where, text=text) for where, text in (((prompt,), None), (("-p", prompt), None), (("-f", path), None), ((), prompt))]
         self.assertEqual({result.stdout for result in given}, {given[0].stdout})
         self.assertEqual({result.returncode for result in given}, {0})
-        if REAL:
-            self.assertIn("six", given[0].stdout)
 
     def test_tokens_put_together_are_the_text(self):
         text = "naïve café 🦉\n\ttabs"
@@ -196,10 +216,8 @@ class CliModel(unittest.TestCase):
         shown = b""
         while b"reading" not in shown:  # the progress bar
             shown += os.read(controller, 4096)
-        started = time.monotonic()
         process.send_signal(signal.SIGINT)
         self.assertEqual(process.wait(timeout=60), 130)
-        self.assertLess(time.monotonic() - started, 10)
         try:
             while chunk := os.read(controller, 4096):
                 shown += chunk
@@ -220,6 +238,23 @@ class CliModel(unittest.TestCase):
         self.assertEqual(process.returncode, 130)
         self.assertTrue(out.endswith(b"\n"))
         self.assertEqual(err, b"quarry: interrupted\n")
+
+
+@unittest.skipUnless(REAL_MODEL, "QUARRY_TEST_MODEL is not set")
+class CliRealModel(unittest.TestCase):
+    def test_an_answer_comes_from_the_document_that_holds_it(self):
+        with tempfile.TemporaryDirectory() as folder:
+            other = os.path.join(folder, "other.txt")
+            pathlib.Path(other).write_text(filler(4))
+            result = quarry("ask", "-m", REAL_MODEL, "--json", "-n", "48", "--doc", other, "--doc", "-", QUESTION, text=filler(4) + FACT + filler(4))
+            answer = json.loads(result.stdout)
+            self.assertIn(CODE, answer["answer"])
+            self.assertEqual(answer["stop"], "end")
+
+    def test_a_text_is_continued_in_its_sense(self):
+        result = quarry("run", "-m", REAL_MODEL, "-q", "-n", "4", "One, two, three, four, five,")
+        self.assertIn("six", result.stdout)
+        self.assertEqual(result.stderr, "")
 
 
 if __name__ == "__main__":

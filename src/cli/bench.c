@@ -23,7 +23,7 @@ static const cli_option bench_table[] = {
     {"--attn", "POLICY,...", CLI_LIST, offsetof(bench_settings, attn), NULL, "retrieval policies (default: ivfpq); may be repeated", 0, 0},
     {"-f, --file", "FILE", CLI_TEXT, offsetof(bench_settings, file), NULL, "read this text instead of pseudo-random tokens", 0, 0},
     {"-r, --repetitions", "N", CLI_INT, offsetof(bench_settings, repetitions), "5", "times each test is measured", 1, 10000},
-    {"-o, --output", "FORMAT", CLI_TEXT, offsetof(bench_settings, format), "md", "md, json or csv", 0, 0},
+    {"-o, --output", "FORMAT", CLI_TEXT, offsetof(bench_settings, format), "md", "form of the results: md, json or csv", 0, 0},
     {"--no-mmap", NULL, CLI_SWITCH, offsetof(bench_settings, no_mmap), NULL, "read the model file instead of mapping it", 0, 0},
     {"-q, --quiet", NULL, CLI_SWITCH, offsetof(bench_settings, quiet), NULL, "no progress on standard error", 0, 0},
     {0}};
