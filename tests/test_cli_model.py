@@ -214,7 +214,7 @@ class CliModel(unittest.TestCase):
                                    stderr=terminal, env=ENVIRONMENT)
         os.close(terminal)
         shown = b""
-        while b"reading" not in shown:  # the progress bar
+        while b" left" not in shown:  # the progress bar
             shown += os.read(controller, 4096)
         process.send_signal(signal.SIGINT)
         self.assertEqual(process.wait(timeout=60), 130)

@@ -94,7 +94,8 @@ bool cli_interrupted(void)
 
 /* ---- progress ---- */
 
-enum { BAR_WIDTH = 24, LINE_SECONDS = 10 };
+enum { BAR_WIDTH = 24, FIGURES_WIDTH = 70 };
+static const double BAR_SECONDS = 0.1, LINE_SECONDS = 10;
 
 double cli_seconds(void)
 {
@@ -114,17 +115,25 @@ static void format_left(double seconds, char *out, size_t capacity)
         snprintf(out, capacity, "%ld h %ld min", s / 3600, s / 60 % 60);
 }
 
-static void draw_bar(const cli_progress *p, int64_t done, int64_t total, double rate, const char *left)
+/* Cells that fit beside the figures, so that the line does not wrap. */
+static int bar_width(void)
+{
+    struct winsize size;
+    if (ioctl(STDERR_FILENO, TIOCGWINSZ, &size) || !size.ws_col || size.ws_col >= BAR_WIDTH + FIGURES_WIDTH) return BAR_WIDTH;
+    return size.ws_col > FIGURES_WIDTH ? size.ws_col - FIGURES_WIDTH : 0;
+}
+
+static void draw_bar(const cli_progress *p, int64_t done, int64_t total, const char *speed)
 {
     char bar[3 * BAR_WIDTH + 1], *b = bar; /* each cell is one UTF-8 character of three bytes */
-    int64_t filled = done * BAR_WIDTH / total;
-    for (int i = 0; i < BAR_WIDTH; i++) {
-        memcpy(b, i < filled ? "█" : "░", 3);
+    int width = bar_width();
+    for (int i = 0; i < width; i++) {
+        memcpy(b, i < done * width / total ? "█" : "░", 3);
         b += 3;
     }
     *b = 0;
-    fprintf(stderr, "\r\033[K%s %s %3lld %%  %lld/%lld tokens  %.0f tokens/s  %s left", p->label, bar, (long long)(100 * done / total),
-            (long long)done, (long long)total, rate, left);
+    fprintf(stderr, "\r\033[K%s %s %3lld %%  %lld/%lld tokens  %s", p->label, bar, (long long)(100 * done / total), (long long)done,
+            (long long)total, speed);
     fflush(stderr);
 }
 
@@ -132,21 +141,23 @@ static bool on_progress(int64_t done, int64_t total, void *data)
 {
     cli_progress *p = data;
     if (interrupted) return false;
-    if (p->quiet || done <= 0 || total <= 0) return true;
+    if (p->quiet || total <= 0) return true;
     bool terminal = isatty(STDERR_FILENO);
     double now = cli_seconds();
-    if (now - p->last < (terminal ? 0.1 : LINE_SECONDS)) return true;
+    if (now - p->last < (terminal ? BAR_SECONDS : LINE_SECONDS)) return true;
     p->last = now;
-    double rate = (double)done / fmax(now - p->start, 1e-9);
-    char left[40];
-    format_left((double)(total - done) / rate, left, sizeof left);
+    char left[40], speed[96] = "";
+    if (done > 0) {
+        double rate = (double)done / fmax(now - p->start, 1e-9);
+        format_left((double)(total - done) / rate, left, sizeof left);
+        snprintf(speed, sizeof speed, "%.0f tokens/s  %s left", rate, left);
+    }
     if (terminal) {
         p->shown = true;
         bar_shown = 1;
-        draw_bar(p, done, total, rate, left);
+        draw_bar(p, done, total, speed);
     } else {
-        fprintf(stderr, "%s: %lld of %lld tokens (%lld %%), %.0f tokens/s, %s left\n", p->label, (long long)done, (long long)total,
-                (long long)(100 * done / total), rate, left);
+        fprintf(stderr, "%s: %lld of %lld tokens  %s\n", p->label, (long long)done, (long long)total, speed);
     }
     return true;
 }

@@ -23,7 +23,7 @@ quarry_code session_feed_logits(quarry_session *session, const int32_t *tokens, 
 /* What the sparse tokens (fed and generated) read since the session was opened or forked, in all layers and KV heads. */
 attn_cost session_cost(const quarry_session *session);
 
-/* Memory that a session with these parameters will hold when its context is full, but for the work space of each thread; the index without what sealing adds. */
+/* Memory that a session with these parameters will hold when its context is full, but for the work space of each thread. */
 typedef struct session_memory {
     int64_t n_ctx;
     size_t kv_bytes, index_bytes, scratch_bytes;
