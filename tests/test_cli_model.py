@@ -157,7 +157,7 @@ class CliModel(unittest.TestCase):
         self.assertEqual(len(tokens), 1)
         forbidden = f"{tokens[0]['id']}-inf"
         self.assertNotEqual(quarry("run", "-q", "-n", "1", "--logit-bias", forbidden, prompt).stdout.removesuffix("\n"), greedy)
-        wrong = quarry("run", "--logit-bias", "99999999+1", "-p", "a")
+        wrong = quarry("ask", "--logit-bias", "99999999+1", "--doc", self.long_document, "?")  # told before the document is read
         self.assertEqual(wrong.returncode, 2)
         self.assertIn("99999999+1", wrong.stderr)
 

@@ -141,16 +141,14 @@ static json_t *report_json(const report *r, const answer_text *answer)
         "scratch", (json_int_t)s->scratch_bytes, "peak_resident", (json_int_t)r->resident_bytes);
 }
 
-int answer_run(const quarry_model *model, quarry_session *session, const answer_settings *settings)
+int answer_run(const quarry_model *model, quarry_session *session, const answer_settings *settings, const quarry_sampling *sampling)
 {
-    cli_sampling sampling;
     answer_text answer = {.collect = settings->output.json};
     report r = {.model = model, .settings = settings};
     quarry_error error;
-    int code = cli_sampling_make(&sampling, &settings->sampling, model);
-    if (code) goto done;
+    int code = CLI_OK;
     cli_work_begin();
-    int failed = quarry_session_generate(session, &sampling.params, on_text, &answer, &r.reason, &error);
+    int failed = quarry_session_generate(session, sampling, on_text, &answer, &r.reason, &error);
     cli_work_end();
     if (answer.last && answer.last != '\n') cli_print("\n");
     cli_flush();
@@ -168,8 +166,6 @@ int answer_run(const quarry_model *model, quarry_session *session, const answer_
         else if (!settings->output.quiet)
             print_report(&r);
     }
-done:
-    cli_sampling_free(&sampling);
     memory_free(answer.text);
     return code;
 }

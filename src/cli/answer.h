@@ -27,6 +27,6 @@ int answer_read(quarry_session *session, const answer_settings *settings, const 
                 const int32_t *question, int64_t n_question);
 
 /* Generates after the session's last token; prints the answer as it comes and the statistics at the end, or both as JSON. Returns an exit code. */
-int answer_run(const quarry_model *model, quarry_session *session, const answer_settings *settings);
+int answer_run(const quarry_model *model, quarry_session *session, const answer_settings *settings, const quarry_sampling *sampling);
 
 #endif

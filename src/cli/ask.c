@@ -66,6 +66,7 @@ static int ask_run(const void *settings, const cli_list *arguments)
     quarry_document *documents = NULL;
     quarry_model *model = NULL;
     quarry_session *session = NULL;
+    cli_sampling sampling = {0};
     quarry_prompt prompt = {0};
     quarry_error error;
     if (arguments->n == 0) return cli_fail_usage(&command_ask, "no question: quarry ask -m MODEL --doc FILE \"question\"");
@@ -75,6 +76,7 @@ static int ask_run(const void *settings, const cli_list *arguments)
 
     int code = documents_read(&documents, &s->documents);
     if (!code) code = cli_model_open(&model, &s->answer.model, &s->answer.output);
+    if (!code) code = cli_sampling_make(&sampling, &s->answer.sampling, model);
     if (code) goto done;
     if (quarry_prompt_build(model, documents, s->documents.n, s->system, question, &prompt, &error)) {
         code = cli_fail_error(&error);
@@ -84,9 +86,10 @@ static int ask_run(const void *settings, const cli_list *arguments)
     code = answer_check_room(model, &s->answer, prompt.n_context + prompt.n_question, what);
     if (!code) code = cli_session_open(&session, model, &s->answer.session);
     if (!code) code = answer_read(session, &s->answer, prompt.context, prompt.n_context, prompt.question, prompt.n_question);
-    if (!code) code = answer_run(model, session, &s->answer);
+    if (!code) code = answer_run(model, session, &s->answer, &sampling.params);
 done:
     quarry_session_close(session);
+    cli_sampling_free(&sampling);
     quarry_prompt_free(&prompt);
     quarry_model_close(model);
     documents_free(documents, s->documents.n);

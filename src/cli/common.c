@@ -154,6 +154,7 @@ int cli_sampling_make(cli_sampling *sampling, const cli_sampling_options *option
             return cli_fail_usage(NULL, "--logit-bias: '%s' is not TOKEN+BIAS or TOKEN-BIAS with a token from 0 to %d", bias->items[i],
                                   info.n_vocab - 1);
     for (int i = 0; i < stop->n; i++) {
+        if (!*stop->items[i]) return cli_fail_usage(NULL, "--stop: the text is empty");
         if (!(sampling->stop[i] = unescape(stop->items[i]))) return cli_fail("out of memory");
         p->n_stop++;
     }

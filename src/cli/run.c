@@ -12,6 +12,7 @@ static int run_run(const void *settings, const cli_list *arguments)
     const run_settings *s = settings;
     quarry_model *model = NULL;
     quarry_session *session = NULL;
+    cli_sampling sampling = {0};
     char *text = NULL;
     size_t n_bytes;
     int32_t *tokens = NULL;
@@ -19,6 +20,7 @@ static int run_run(const void *settings, const cli_list *arguments)
     int code = cli_read_input(&text, &n_bytes, &s->input, arguments, &command_run);
     if (!code && !n_bytes) code = cli_fail("the text is empty");
     if (!code) code = cli_model_open(&model, &s->answer.model, &s->answer.output);
+    if (!code) code = cli_sampling_make(&sampling, &s->answer.sampling, model);
     if (code) goto done;
     int64_t n = quarry_tokenize(model, text, n_bytes, true, &tokens, &error);
     if (n < 0) {
@@ -28,9 +30,10 @@ static int run_run(const void *settings, const cli_list *arguments)
     code = answer_check_room(model, &s->answer, n, "the text takes");
     if (!code) code = cli_session_open(&session, model, &s->answer.session);
     if (!code) code = answer_read(session, &s->answer, tokens, n, NULL, 0);
-    if (!code) code = answer_run(model, session, &s->answer);
+    if (!code) code = answer_run(model, session, &s->answer, &sampling.params);
 done:
     quarry_session_close(session);
+    cli_sampling_free(&sampling);
     quarry_free(tokens);
     quarry_model_close(model);
     memory_free(text);

@@ -23,12 +23,16 @@ static const cli_group tokenize_groups[] = {
 static int print_json(const quarry_model *model, const int32_t *tokens, int64_t n)
 {
     json_t *list = json_array();
-    for (int64_t i = 0; i < n; i++) {
+    bool complete = list != NULL;
+    for (int64_t i = 0; i < n && complete; i++) {
         size_t n_bytes;
         const char *text = quarry_token_text(model, tokens[i], &n_bytes);
-        json_array_append_new(list, json_pack("{s:i, s:o}", "id", (int)tokens[i], "piece", json_piece(text, n_bytes)));
+        json_t *token = json_pack("{s:i, s:o}", "id", (int)tokens[i], "piece", json_piece(text, n_bytes));
+        complete = !json_array_append_new(list, token);
     }
-    return json_print(json_pack("{s:I, s:o}", "n_tokens", (json_int_t)n, "tokens", list));
+    if (complete) return json_print(json_pack("{s:I, s:o}", "n_tokens", (json_int_t)n, "tokens", list));
+    json_decref(list);
+    return cli_fail("out of memory");
 }
 
 /* One token a line, its text with line breaks and control characters written out. */
