@@ -56,7 +56,8 @@ static void bench_shape(const matmul_kernels *kernels, const char *isa, thread_p
     for (size_t i = 0; i < n_bytes; i++) source[i] = (uint8_t)(random_u64(&r) & 0x3b); /* keeps scales finite */
     float *x = malloc((size_t)(n_rows * n_in) * sizeof *x), *y = malloc((size_t)(n_rows * n_out) * sizeof *y);
     for (int64_t i = 0; i < n_rows * n_in; i++) x[i] = (float)random_normal(&r);
-    activations a = {n_rows, n_in, x, memory_aligned(activations_bytes(n_rows, n_in), 1, "bench", NULL)};
+    activations a = {.n_rows = n_rows, .n_in = n_in, .x = x};
+    a.quantized = memory_aligned(activations_bytes(n_rows, n_in, false), 1, "bench", NULL);
     int n_copies = n_rows > 16 ? 1 : (int)(ROTATE_BYTES / n_bytes) + 1;
     if (n_copies > MAX_COPIES) n_copies = MAX_COPIES;
     weight *w = malloc((size_t)n_copies * sizeof *w);

@@ -65,8 +65,8 @@ static float *random_floats(random_state *r, int64_t n)
 static void product(const matmul_kernels *kernels, thread_pool *pool, const weight *w, const float *x, int64_t n, const float *bias,
                     float *y)
 {
-    activations a = {n, w->n_in, x, NULL};
-    a.quantized = memory_aligned(activations_bytes(n, w->n_in), 1, "test", NULL);
+    activations a = {.n_rows = n, .n_in = w->n_in, .x = x};
+    a.quantized = memory_aligned(activations_bytes(n, w->n_in, false), 1, "test", NULL);
     activations_quantize(&a, kernels, pool);
     matmul_job job = {w, bias, y, false};
     matmul_run(kernels, pool, &a, &job, 1);
@@ -292,7 +292,8 @@ static void test_several_jobs_with_bias_and_accumulation(void **state)
             jobs[j] = (matmul_job){&w[j], j == 2 ? NULL : bias, y[j], j != 1};
             if (w[j].packed) free(blocks);
         }
-        activations a = {N, N_IN, x, memory_aligned(activations_bytes(N, N_IN), 1, "test", NULL)};
+        activations a = {
+            .n_rows = N, .n_in = N_IN, .x = x, .quantized = memory_aligned(activations_bytes(N, N_IN, false), 1, "test", NULL)};
         activations_quantize(&a, tables[i], pool);
         matmul_run(tables[i], pool, &a, jobs, 3);
         for (int j = 0; j < 3; j++) {
@@ -410,6 +411,57 @@ static void test_running_out_of_memory_is_an_error(void **state)
     thread_pool_destroy(pool);
 }
 
+/* Precise activations: the products are those of the floats themselves, to 2^-14 of the sum of magnitudes, bitwise equal for every batch size and number of
+ * threads and on every instruction set; floats that are not finite stay so. */
+static void precise_activations_lose_nothing_that_matters(void **state)
+{
+    (void)state;
+    enum { N = 37, N_IN = 96, N_OUT = 40 };
+    const matmul_kernels *tables[4];
+    int n_tables = kernels_here(tables);
+    random_state r;
+    random_seed(&r, 99);
+    uint8_t *blocks = random_blocks(&r, BLOCK_Q4_1, N_OUT * N_IN);
+    float *x = random_floats(&r, N * N_IN), dense[N_OUT * N_IN], first[N * N_OUT], y[N * N_OUT];
+    block_dequantize(BLOCK_Q4_1, blocks, N_OUT * N_IN, dense);
+    x[5] = 8; /* an outlier makes one term coarse */
+    for (int i = 0; i < n_tables; i++)
+        for (int n = 1; n <= N; n += 9) {
+            thread_pool *pool = thread_pool_create(1 + n % 3, NULL);
+            weight w;
+            assert_int_equal(weight_make(&w, tables[i], pool, BLOCK_Q4_1, N_OUT, N_IN, blocks, NULL), QUARRY_OK);
+            activations a = {.n_rows = n, .n_in = N_IN, .x = x, .precise = true};
+            a.quantized = memory_aligned(activations_bytes(n, N_IN, true), 1, "test", NULL);
+            activations_quantize(&a, tables[i], pool);
+            matmul_run(tables[i], pool, &a, &(matmul_job){.w = &w, .y = y}, 1);
+            for (int t = 0; t < n; t++)
+                for (int row = 0; row < N_OUT; row++) {
+                    double exact = 0, magnitude = 0;
+                    for (int j = 0; j < N_IN; j++) {
+                        exact += (double)x[t * N_IN + j] * (double)dense[row * N_IN + j];
+                        magnitude += fabs((double)x[t * N_IN + j] * (double)dense[row * N_IN + j]);
+                    }
+                    assert_true(fabs(exact - (double)y[t * N_OUT + row]) <= magnitude * 0x1p-14);
+                }
+            if (i == 0 && n == 1) memcpy(first, y, N_OUT * sizeof *y);
+            assert_memory_equal(first, y, N_OUT * sizeof *y);
+            x[0] = NAN;
+            activations_quantize(&a, tables[i], pool);
+            matmul_run(tables[i], pool, &a, &(matmul_job){.w = &w, .y = y}, 1);
+            assert_true(isnan(y[0]));
+            x[0] = 0.25f;
+            if (i == 0 && n == 1) { /* row 0 as it is from now on */
+                activations_quantize(&a, tables[i], pool);
+                matmul_run(tables[i], pool, &a, &(matmul_job){.w = &w, .y = first}, 1);
+            }
+            memory_free(a.quantized);
+            weight_free(&w);
+            thread_pool_destroy(pool);
+        }
+    free(blocks);
+    free(x);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -423,6 +475,7 @@ int main(void)
         cmocka_unit_test(test_extreme_quants_are_exact),
         cmocka_unit_test(test_scales_and_activations_that_are_not_finite_reach_the_output),
         cmocka_unit_test(test_bad_shapes_and_types_are_refused),
+        cmocka_unit_test(precise_activations_lose_nothing_that_matters),
         cmocka_unit_test(test_running_out_of_memory_is_an_error),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -143,8 +143,7 @@ static double divergence(const int32_t *ids, const float *log_probabilities, dou
     return kl;
 }
 
-/* The bound is what int8 activations cost: the reference does not round them. llama.cpp on the same file, that rounds them alike, is at 3.7e-3 over the whole
- * vocabulary. */
+/* The reference rounds nothing beyond the file's own weights. With one int8 term per activation, as llama.cpp has it, both engines are at 3.7e-3. */
 static void smollm2_predicts_as_the_reference(void **state)
 {
     (void)state;
@@ -173,17 +172,17 @@ static void smollm2_predicts_as_the_reference(void **state)
     }
     print_message("mean KL divergence from the reference: %.2e over %lld positions\n", sum / (double)n, (long long)n);
     assert_true(n >= 200);
-    assert_true(sum / (double)n < 5e-3);
+    assert_true(sum / (double)n < 1e-4);
     free(ours);
     memory_free(r.bytes);
     quarry_model_close(m);
 }
 
-/* Where the reference's two best logits are further apart than int8 activations explain, the greedy token is the same. */
+/* Where the reference's two best logits are further apart than f16 keys and values explain, the greedy token is the same. */
 static void smollm2_continues_as_the_reference(void **state)
 {
     (void)state;
-    const float explained = 0.3f;
+    const float explained = 0.02f;
     quarry_model *m = open_model(real_model());
     int64_t vocab = model_shape_of(m)->n_vocab, compared = 0;
     reader r = open_fixture("smollm2_greedy.bin", "QGREEDY1");

@@ -94,9 +94,15 @@ void weight_row(const weight *w, int64_t row, float *out)
     }
 }
 
-size_t activations_bytes(int64_t n_rows, int64_t n_in)
+/* Rows as the kernels see them: precise ones are pairs of a row and what its quantisation left. */
+static int64_t terms(const activations *a)
 {
-    return (activation_bytes(n_rows, n_in) + 63) / 64 * 64;
+    return a->precise ? 2 : 1;
+}
+
+size_t activations_bytes(int64_t n_rows, int64_t n_in, bool precise)
+{
+    return (activation_bytes(precise ? 2 * n_rows : n_rows, n_in) + 63) / 64 * 64;
 }
 
 struct quantize_loop {
@@ -104,14 +110,38 @@ struct quantize_loop {
     const matmul_kernels *kernels;
 };
 
+/* x[n][n_in] as a group of 2n rows: each followed by its remainder. */
+static void quantize_pairs(const matmul_kernels *kernels, const float *x, int n, int64_t n_in, uint8_t *out)
+{
+    float pairs[ACTIVATION_GROUP][SUB_BLOCK];
+    for (int64_t i = 0; i < n_in; i += SUB_BLOCK, out += (size_t)(2 * n) * ACTIVATION_BYTES) {
+        for (int t = 0; t < n; t++) {
+            memcpy(pairs[2 * t], x + t * n_in + i, sizeof pairs[0]);
+            memset(pairs[2 * t + 1], 0, sizeof pairs[0]);
+        }
+        kernels->quantize(pairs[0], 2 * n, SUB_BLOCK, out);
+        for (int t = 0; t < n; t++) {
+            activation_scale scale;
+            memcpy(&scale, out + 2 * n * SUB_BLOCK + 2 * t * (int)sizeof scale, sizeof scale);
+            const int8_t *q = (const int8_t *)out + 2 * t * SUB_BLOCK;
+            for (int j = 0; j < SUB_BLOCK && scale.d == scale.d; j++) pairs[2 * t + 1][j] = pairs[2 * t][j] - scale.d * (float)q[j];
+        }
+        kernels->quantize(pairs[0], 2 * n, SUB_BLOCK, out);
+    }
+}
+
 static void quantize_group(void *context, int64_t group, int thread)
 {
     (void)thread;
     const struct quantize_loop *loop = context;
     const activations *a = loop->a;
-    int64_t first = group * ACTIVATION_GROUP;
-    int n = (int)(a->n_rows - first < ACTIVATION_GROUP ? a->n_rows - first : ACTIVATION_GROUP);
-    loop->kernels->quantize(a->x + first * a->n_in, n, a->n_in, (uint8_t *)a->quantized + activation_bytes(first, a->n_in));
+    int64_t rows = ACTIVATION_GROUP / terms(a), first = group * rows;
+    int n = (int)(a->n_rows - first < rows ? a->n_rows - first : rows);
+    uint8_t *out = (uint8_t *)a->quantized + activation_bytes(first * terms(a), a->n_in);
+    if (a->precise)
+        quantize_pairs(loop->kernels, a->x + first * a->n_in, n, a->n_in, out);
+    else
+        loop->kernels->quantize(a->x + first * a->n_in, n, a->n_in, out);
 }
 
 void activations_quantize(activations *a, const matmul_kernels *kernels, thread_pool *pool)
@@ -119,7 +149,7 @@ void activations_quantize(activations *a, const matmul_kernels *kernels, thread_
     enum { WORTH_A_LOOP = 1 << 15 }; /* floats; less takes no longer than waking a thread */
     struct quantize_loop loop = {a, kernels};
     if (a->n_in % SUB_BLOCK != 0) return; /* then all weights are floats and read a->x */
-    int64_t n_groups = (a->n_rows + ACTIVATION_GROUP - 1) / ACTIVATION_GROUP;
+    int64_t n_groups = (a->n_rows * terms(a) + ACTIVATION_GROUP - 1) / ACTIVATION_GROUP;
     if (a->n_rows * a->n_in >= WORTH_A_LOOP) {
         thread_pool_run(pool, n_groups, quantize_group, &loop);
         return;
@@ -162,6 +192,13 @@ static void store_rows(const matmul_job *job, int64_t panel, int64_t first, int6
     }
 }
 
+/* out[n][16] from out[2n][16]: the terms of each row added. */
+static void add_pairs(int64_t n, float *out)
+{
+    for (int64_t t = 0; t < n; t++)
+        for (int i = 0; i < PANEL_ROWS; i++) out[t * PANEL_ROWS + i] = out[2 * t * PANEL_ROWS + i] + out[(2 * t + 1) * PANEL_ROWS + i];
+}
+
 static void run_panels(const struct matmul_loop *loop, const matmul_job *job, int64_t begin, int64_t end)
 {
     enum { CHUNK = 48 }; /* rows of activations, a multiple of every group: with one panel they stay in the second-level cache */
@@ -169,16 +206,19 @@ static void run_panels(const struct matmul_loop *loop, const matmul_job *job, in
     const weight *w = job->w;
     size_t n_bytes = panel_bytes(w);
     float out[CHUNK * PANEL_ROWS];
-    for (int64_t first = 0; first < a->n_rows; first += CHUNK) {
-        int64_t n = a->n_rows - first < CHUNK ? a->n_rows - first : CHUNK;
-        const uint8_t *quantized = (const uint8_t *)a->quantized + activation_bytes(first, a->n_in);
+    int64_t per_row = terms(a), step = CHUNK / per_row;
+    for (int64_t first = 0; first < a->n_rows; first += step) {
+        int64_t n = a->n_rows - first < step ? a->n_rows - first : step;
+        const uint8_t *quantized = (const uint8_t *)a->quantized + activation_bytes(first * per_row, a->n_in);
         for (int64_t p = begin; p < end; p++) {
             const uint8_t *data = (const uint8_t *)w->data + (size_t)p * n_bytes;
             int64_t n_w = w->n_out - p * PANEL_ROWS;
-            if (w->packed)
-                loop->kernels->panel(w->type, data, a->n_in, quantized, n, out);
-            else
+            if (w->packed) {
+                loop->kernels->panel(w->type, data, a->n_in, quantized, n * per_row, out);
+                if (a->precise) add_pairs(n, out);
+            } else {
                 loop->kernels->floats(w->type, data, n_w < PANEL_ROWS ? (int)n_w : PANEL_ROWS, a->n_in, a->x + first * a->n_in, n, out);
+            }
             store_rows(job, p, first, n, out);
         }
     }

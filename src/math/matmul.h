@@ -36,11 +36,13 @@ void weight_row(const weight *w, int64_t row, float *out);
 /* Activations of n_rows vectors of n_in floats; memory is the caller's. */
 typedef struct activations {
     int64_t n_rows, n_in;
-    const float *x;  /* [n_rows][n_in], the caller's */
+    const float *x; /* [n_rows][n_in], the caller's */
+    bool
+        precise; /* two int8 terms per float instead of one: what the first leaves is quantised again, and rounding falls below that of f16 */
     void *quantized; /* activations_bytes() bytes, aligned to 64 */
 } activations;
 
-size_t activations_bytes(int64_t n_rows, int64_t n_in);
+size_t activations_bytes(int64_t n_rows, int64_t n_in, bool precise);
 /* Quantises x into a->quantized; parallel over the pool when large. n_in must be a multiple of 32 unless all weights it meets are plain floats. */
 void activations_quantize(activations *a, const matmul_kernels *kernels, thread_pool *pool);
 

@@ -62,6 +62,7 @@ typedef struct pass {
     float *attended;           /* [n][n_head][head_dim] */
     float *gate, *up;          /* [n][n_ff] */
     float *cs;                 /* [n][n_rot] cosine and sine of each pair */
+    bool precise;              /* no row reads a document: few rows, whose logits are the answer */
     void *quantized;           /* activations_bytes of the widest input */
     const float *norm;         /* weights of the norm being applied */
     const model_layer *layer;
@@ -85,7 +86,7 @@ static quarry_code pass_alloc(pass *p, quarry_error *error)
               alloc_floats(p, &p->v, p->kv_width, error) && alloc_floats(p, &p->attended, p->q_width, error) &&
               alloc_floats(p, &p->gate, s->n_ff, error) && alloc_floats(p, &p->up, s->n_ff, error) &&
               alloc_floats(p, &p->cs, s->n_rot, error);
-    p->quantized = ok ? arena_alloc(&p->s->step, activations_bytes(p->n, widest), 1, error) : NULL;
+    p->quantized = ok ? arena_alloc(&p->s->step, activations_bytes(p->n, widest, p->precise), 1, error) : NULL;
     p->attn_rows = ok ? arena_alloc(&p->s->step, (size_t)p->n, sizeof *p->attn_rows, error) : NULL;
     return p->quantized && p->attn_rows ? QUARRY_OK : QUARRY_ERROR_MEMORY;
 }
@@ -170,7 +171,7 @@ static void swiglu_row(pass *p, int64_t row)
 
 static activations quantize(pass *p, const float *x, int64_t width)
 {
-    activations a = {.n_rows = p->n, .n_in = width, .x = x, .quantized = p->quantized};
+    activations a = {.n_rows = p->n, .n_in = width, .x = x, .precise = p->precise, .quantized = p->quantized};
     activations_quantize(&a, p->m->kernels->matmul, p->m->pool);
     return a;
 }
@@ -245,6 +246,8 @@ quarry_code model_forward(quarry_model *m, forward_scratch *s, const forward_row
     pass p = {.m = m, .s = s, .rows = rows, .n = n};
     quarry_code code = check_rows(m, rows, n, error);
     if (code != QUARRY_OK || n == 0) return code;
+    p.precise = true;
+    for (int64_t i = 0; i < n; i++) p.precise &= !rows[i].dense;
     p.q_width = (int64_t)m->shape.n_head * m->shape.head_dim;
     p.kv_width = (int64_t)m->shape.n_head_kv * m->shape.head_dim;
     p.attn = model_attn_shape(m, kv_shape_of(rows[0].kv)->type);
