@@ -462,6 +462,37 @@ static void precise_activations_lose_nothing_that_matters(void **state)
     free(x);
 }
 
+/* Zeros, tiny, huge and infinite floats among ordinary ones, in groups that are full and not. */
+static void activations_are_the_same_bytes_on_every_instruction_set(void **state)
+{
+    (void)state;
+    enum { N = 21, N_IN = 160 };
+    const matmul_kernels *tables[4];
+    int n_tables = kernels_here(tables);
+    thread_pool *pool = thread_pool_create(1, NULL);
+    random_state r;
+    random_seed(&r, 12);
+    float *x = random_floats(&r, N * N_IN);
+    for (int i = 0; i < 32; i++) x[i] = 0, x[32 + i] *= 1e-34f, x[64 + i] *= 1e37f;
+    x[96 + 7] = INFINITY;
+    x[128 + 31] = -NAN;
+    for (int precise = 0; precise < 2; precise++) {
+        size_t n_bytes = activations_bytes(N, N_IN, precise);
+        uint8_t *first = calloc(n_bytes, 1);
+        for (int i = 0; i < n_tables; i++) {
+            activations a = {.n_rows = N, .n_in = N_IN, .x = x, .precise = precise, .quantized = memory_aligned(n_bytes, 1, "test", NULL)};
+            memset(a.quantized, 0, n_bytes);
+            activations_quantize(&a, tables[i], pool);
+            if (i == 0) memcpy(first, a.quantized, n_bytes);
+            assert_memory_equal(first, a.quantized, n_bytes);
+            memory_free(a.quantized);
+        }
+        free(first);
+    }
+    thread_pool_destroy(pool);
+    free(x);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -475,6 +506,7 @@ int main(void)
         cmocka_unit_test(test_extreme_quants_are_exact),
         cmocka_unit_test(test_scales_and_activations_that_are_not_finite_reach_the_output),
         cmocka_unit_test(test_bad_shapes_and_types_are_refused),
+        cmocka_unit_test(activations_are_the_same_bytes_on_every_instruction_set),
         cmocka_unit_test(precise_activations_lose_nothing_that_matters),
         cmocka_unit_test(test_running_out_of_memory_is_an_error),
     };

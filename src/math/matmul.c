@@ -110,26 +110,6 @@ struct quantize_loop {
     const matmul_kernels *kernels;
 };
 
-/* x[n][n_in] as a group of 2n rows: each followed by its remainder. */
-static void quantize_pairs(const matmul_kernels *kernels, const float *x, int n, int64_t n_in, uint8_t *out)
-{
-    float pairs[ACTIVATION_GROUP][SUB_BLOCK];
-    for (int64_t i = 0; i < n_in; i += SUB_BLOCK, out += (size_t)(2 * n) * ACTIVATION_BYTES) {
-        for (int t = 0; t < n; t++) {
-            memcpy(pairs[2 * t], x + t * n_in + i, sizeof pairs[0]);
-            memset(pairs[2 * t + 1], 0, sizeof pairs[0]);
-        }
-        kernels->quantize(pairs[0], 2 * n, SUB_BLOCK, out);
-        for (int t = 0; t < n; t++) {
-            activation_scale scale;
-            memcpy(&scale, out + 2 * n * SUB_BLOCK + 2 * t * (int)sizeof scale, sizeof scale);
-            const int8_t *q = (const int8_t *)out + 2 * t * SUB_BLOCK;
-            for (int j = 0; j < SUB_BLOCK && scale.d == scale.d; j++) pairs[2 * t + 1][j] = pairs[2 * t][j] - scale.d * (float)q[j];
-        }
-        kernels->quantize(pairs[0], 2 * n, SUB_BLOCK, out);
-    }
-}
-
 static void quantize_group(void *context, int64_t group, int thread)
 {
     (void)thread;
@@ -138,10 +118,7 @@ static void quantize_group(void *context, int64_t group, int thread)
     int64_t rows = ACTIVATION_GROUP / terms(a), first = group * rows;
     int n = (int)(a->n_rows - first < rows ? a->n_rows - first : rows);
     uint8_t *out = (uint8_t *)a->quantized + activation_bytes(first * terms(a), a->n_in);
-    if (a->precise)
-        quantize_pairs(loop->kernels, a->x + first * a->n_in, n, a->n_in, out);
-    else
-        loop->kernels->quantize(a->x + first * a->n_in, n, a->n_in, out);
+    (a->precise ? loop->kernels->quantize_pairs : loop->kernels->quantize)(a->x + first * a->n_in, n, a->n_in, out);
 }
 
 void activations_quantize(activations *a, const matmul_kernels *kernels, thread_pool *pool)

@@ -359,4 +359,24 @@ void activations_quantize_avx2(const float *x, int n, int64_t n_in, uint8_t *out
     }
 }
 
-const matmul_kernels matmul_avx2 = {activations_quantize_avx2, panel_product, floats_product_avx2};
+void activations_quantize_pairs_avx2(const float *x, int n, int64_t n_in, uint8_t *out)
+{
+    for (int64_t b = 0; b < n_in / SUB_BLOCK; b++, out += 2 * n * ACTIVATION_BYTES) {
+        activation_scale *s = (activation_scale *)(void *)(out + 2 * n * SUB_BLOCK);
+        for (int t = 0; t < n; t++) {
+            const float *row = x + t * n_in + b * SUB_BLOCK;
+            uint8_t *q = out + 2 * t * SUB_BLOCK;
+            float rest[SUB_BLOCK];
+            quantize_block(row, q, &s[2 * t]);
+            const __m256 d = _mm256_set1_ps(s[2 * t].d), finite = _mm256_cmp_ps(d, d, _CMP_ORD_Q);
+            for (int i = 0; i < SUB_BLOCK; i += 8) {
+                __m256i n8 = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(q + i)));
+                __m256 left = _mm256_sub_ps(_mm256_loadu_ps(row + i), _mm256_mul_ps(d, _mm256_cvtepi32_ps(n8)));
+                _mm256_storeu_ps(rest + i, _mm256_and_ps(left, finite));
+            }
+            quantize_block(rest, q + SUB_BLOCK, &s[2 * t + 1]);
+        }
+    }
+}
+
+const matmul_kernels matmul_avx2 = {activations_quantize_avx2, activations_quantize_pairs_avx2, panel_product, floats_product_avx2};

@@ -374,4 +374,4 @@ static void panel_product(block_type type, const uint8_t *panel, int64_t n_in, c
     }
 }
 
-const matmul_kernels matmul_avx512vnni = {activations_quantize_avx2, panel_product, floats_product_avx512};
+const matmul_kernels matmul_avx512vnni = {activations_quantize_avx2, activations_quantize_pairs_avx2, panel_product, floats_product_avx512};

@@ -89,6 +89,8 @@ enum { ACTIVATION_GROUP = 16, ACTIVATION_BYTES = SUB_BLOCK + sizeof(activation_s
 struct matmul_kernels {
     /* One group: x[n][n_in] to the layout above. */
     void (*quantize)(const float *x, int n, int64_t n_in, uint8_t *out);
+    /* The same for precise activations: a group of 2n rows, each followed by its remainder x - d * q (0 where d is NaN). */
+    void (*quantize_pairs)(const float *x, int n, int64_t n_in, uint8_t *out);
     /* out[n][16] = one panel times n rows, from the start of a group on. */
     void (*panel)(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, float *out);
     /* out[n][16] = n_w <= 16 rows of F32, F16 or BF16 weights times x[n][n_in]; columns from n_w on are not written. */
@@ -104,6 +106,7 @@ static inline size_t activation_bytes(int64_t n, int64_t n_in)
 /* The functions of the tables; a table may borrow those of a lower level. */
 void activations_quantize_scalar(const float *x, int n, int64_t n_in, uint8_t *out);
 void activations_quantize_avx2(const float *x, int n, int64_t n_in, uint8_t *out);
+void activations_quantize_pairs_avx2(const float *x, int n, int64_t n_in, uint8_t *out);
 void floats_product_avx2(block_type type, const void *w, int n_w, int64_t n_in, const float *x, int64_t n, float *out);
 void floats_product_avx512(block_type type, const void *w, int n_w, int64_t n_in, const float *x, int64_t n, float *out);
 

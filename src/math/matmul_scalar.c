@@ -37,6 +37,21 @@ void activations_quantize_scalar(const float *x, int n, int64_t n_in, uint8_t *o
     }
 }
 
+static void quantize_pairs(const float *x, int n, int64_t n_in, uint8_t *out)
+{
+    for (int64_t b = 0; b < n_in / SUB_BLOCK; b++, out += 2 * n * ACTIVATION_BYTES) {
+        activation_scale *s = (activation_scale *)(void *)(out + 2 * n * SUB_BLOCK);
+        for (int t = 0; t < n; t++) {
+            const float *row = x + t * n_in + b * SUB_BLOCK;
+            int8_t *q = (int8_t *)out + 2 * t * SUB_BLOCK;
+            float rest[SUB_BLOCK] = {0};
+            quantize_block(row, q, &s[2 * t]);
+            for (int i = 0; i < SUB_BLOCK && !isnan(s[2 * t].d); i++) rest[i] = row[i] - s[2 * t].d * (float)q[i];
+            quantize_block(rest, q + SUB_BLOCK, &s[2 * t + 1]);
+        }
+    }
+}
+
 /* |dot| <= 16 * 128 * 127 */
 static int dot_half(const panel_values *w, int row, int half, const int8_t *q)
 {
@@ -100,4 +115,4 @@ static void floats_product(block_type type, const void *w, int n_w, int64_t n_in
     }
 }
 
-const matmul_kernels matmul_scalar = {activations_quantize_scalar, panel_product, floats_product};
+const matmul_kernels matmul_scalar = {activations_quantize_scalar, quantize_pairs, panel_product, floats_product};
