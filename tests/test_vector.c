@@ -66,23 +66,6 @@ static void test_rms_norm_matches_double(void **state)
     }
 }
 
-static void test_add_is_exact(void **state)
-{
-    (void)state;
-    level list[3];
-    int n_levels = levels(list);
-    random_state r;
-    random_seed(&r, 2);
-    for (int t = 0; t < n_levels * N_LENGTHS; t++) {
-        int64_t n = lengths[t % N_LENGTHS];
-        float x[MAX], y[MAX], want[MAX];
-        fill(&r, x, n + 1, 1), fill(&r, y, n + 1, 1);
-        for (int64_t i = 0; i <= n; i++) want[i] = i < n ? y[i] + x[i] : y[i];
-        list[t / N_LENGTHS].kernels->add(y, x, n);
-        assert_memory_equal(y, want, (size_t)(n + 1) * sizeof *y);
-    }
-}
-
 static void test_swiglu_matches_double(void **state)
 {
     (void)state;
@@ -287,7 +270,6 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rms_norm_matches_double),
-        cmocka_unit_test(test_add_is_exact),
         cmocka_unit_test(test_swiglu_matches_double),
         cmocka_unit_test(test_rope_rotates_pairs_and_leaves_the_rest),
         cmocka_unit_test(test_f16_reads_every_value_as_scalar_does),

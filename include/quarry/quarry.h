@@ -157,7 +157,7 @@ typedef struct quarry_session_params {
 QUARRY_API quarry_session *quarry_session_open(quarry_model *model, const quarry_session_params *params, quarry_error *error);
 QUARRY_API void quarry_session_close(quarry_session *session);
 
-/* An independent session in the same state. Full KV pages and sealed index segments are shared, not copied. */
+/* An independent session in the same state; its statistics begin anew. Full KV pages and sealed index segments are shared, not copied. */
 QUARRY_API quarry_session *quarry_session_fork(const quarry_session *session, quarry_error *error);
 
 /* Appends tokens with dense attention, indexing keys as they leave the local window, and seals the index at the end.

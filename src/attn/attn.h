@@ -48,7 +48,7 @@ typedef struct attn_selection {
  * (layer, head), never twice for the same one. q is post-RoPE, not scaled. Positions are absolute. */
 typedef struct attn_policy_type {
     const char *name, *summary;
-    const char *options; /* "budget=0.03 share of far tokens read; …": one per line, for `quarry info --attn` */
+    const char *options; /* "budget=0.02 share of the far tokens that is read; …": one per line, for `quarry info --attn` */
     /* spec: the part after "name:", may be "". Error ARGUMENT names the option. */
     attn_policy *(*create)(const attn_shape *shape, const math_kernels *kernels, const char *spec, quarry_error *error);
     void (*destroy)(attn_policy *p);

@@ -34,15 +34,6 @@ cpu_isa cpu_detect(void)
 #endif
 }
 
-bool cpu_has_bf16(void)
-{
-#if defined(__x86_64__)
-    return cpu_detect() >= CPU_AVX512 && __builtin_cpu_supports("avx512bf16");
-#else
-    return false;
-#endif
-}
-
 quarry_code cpu_choose(cpu_isa *isa, quarry_error *error)
 {
     const char *forced = getenv("QUARRY_ISA");

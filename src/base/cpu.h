@@ -19,7 +19,6 @@ cpu_isa cpu_detect(void);
  * unsupported value is an error. */
 quarry_code cpu_choose(cpu_isa *isa, quarry_error *error);
 const char *cpu_isa_name(cpu_isa isa);
-bool cpu_has_bf16(void); /* AVX512-BF16 dot products */
 /* Cores this process may run on (its affinity mask), at least 1. */
 int cpu_count(void);
 

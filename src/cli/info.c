@@ -27,7 +27,7 @@ static const cli_group info_groups[] = {{"Options", info_table, 0}, {"Model", cl
 
 /* ---- retrieval policies ---- */
 
-/* One line of a policy's options, "budget=0.03 share of …": the parts, not NUL-terminated. */
+/* One line of a policy's options, "budget=0.02 share of …": the parts, not NUL-terminated. */
 typedef struct option_line {
     const char *name, *initial, *help;
     int n_name, n_initial, n_help;

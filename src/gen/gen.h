@@ -7,14 +7,11 @@
 
 /* ---- sessions with several policies: a document is read once and asked under each ---- */
 
-/* As quarry_session_open, with n_policies specs (first one active); every policy observes and indexes while the session reads. */
+/* As quarry_session_open, with n_policies specs (the first one answers); every policy observes and indexes while the session reads. */
 quarry_session *session_open_policies(quarry_model *model, const quarry_session_params *params, const char *const *specs, int n_policies,
                                       quarry_error *error);
-/* Makes policy i answer from now on. Forks keep all policies. */
-void session_use_policy(quarry_session *session, int i);
-/* A fork that keeps only policy i. */
+/* A fork that keeps only policy i, which answers in it. */
 quarry_session *session_fork_policy(const quarry_session *session, int i, quarry_error *error);
-const attn_policy *session_policy(const quarry_session *session);
 /* Lets a session grow past the length the model was trained for (benchmarks: speed means something there, answers do not): set n_ctx in params; this only lifts the check. */
 void session_allow_beyond_training(quarry_session *session);
 

@@ -91,8 +91,6 @@ static quarry_session *fork_some(const quarry_session *s, int first, int n_polic
     if (!f) return NULL;
     f->beyond_training = s->beyond_training;
     f->has_logits = s->has_logits;
-    f->stats = s->stats;
-    f->active = s->active - first;
     memcpy(f->logits, s->logits, (size_t)model_shape_of(s->model)->n_vocab * sizeof *f->logits);
     if (memory_grow(&f->tokens.ids, (size_t)s->tokens.n, sizeof *f->tokens.ids, "tokens", error) != QUARRY_OK) goto fail;
     if (s->tokens.n) memcpy(f->tokens.ids, s->tokens.ids, (size_t)s->tokens.n * sizeof *f->tokens.ids);
@@ -119,19 +117,7 @@ quarry_session *quarry_session_fork(const quarry_session *s, quarry_error *error
 
 quarry_session *session_fork_policy(const quarry_session *s, int i, quarry_error *error)
 {
-    quarry_session *f = fork_some(s, i, 1, error);
-    if (f) f->active = 0;
-    return f;
-}
-
-void session_use_policy(quarry_session *s, int i)
-{
-    s->active = i;
-}
-
-const attn_policy *session_policy(const quarry_session *s)
-{
-    return s->policies[s->active];
+    return fork_some(s, i, 1, error);
 }
 
 void session_allow_beyond_training(quarry_session *s)
@@ -201,7 +187,7 @@ static quarry_code run_chunk(quarry_session *s, const int32_t *tokens, int64_t n
     for (int64_t i = 0; i < n; i++)
         rows[i] = (forward_row){
             .kv = s->kv,
-            .policy = st->dense ? s->policies[0] : s->policies[s->active],
+            .policy = s->policies[0],
             .pos = first + i,
             .token = tokens[i],
             .dense = st->dense,
@@ -217,9 +203,7 @@ static quarry_code run_chunk(quarry_session *s, const int32_t *tokens, int64_t n
         st->cost.rows += cost[i].rows;
     }
 done:
-    if (code != QUARRY_OK) {
-        forget_from(s, first);
-    }
+    if (code != QUARRY_OK) forget_from(s, first);
     memory_free(rows);
     memory_free(cost);
     return code;

@@ -13,7 +13,7 @@ struct quarry_session {
     token_list tokens; /* what kv holds, token by token */
     kv_seq *kv;
     attn_policy *policies[SESSION_MAX_POLICIES]; /* linked by `also` */
-    int n_policies, active;
+    int n_policies;                              /* the first answers */
     forward_scratch *scratch;
     float *logits; /* [n_vocab] */
     bool has_logits;

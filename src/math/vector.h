@@ -8,8 +8,6 @@
 typedef struct vector_kernels {
     /* y[n] = x / sqrt(mean(x²) + eps) * w; y may be x */
     void (*rms_norm)(const float *x, const float *w, float eps, int64_t n, float *y);
-    /* y[n] += x[n] */
-    void (*add)(float *y, const float *x, int64_t n);
     /* y[n] = silu(gate) * up, silu(z) = z / (1 + exp(-z)); y may be gate */
     void (*swiglu)(const float *gate, const float *up, int64_t n, float *y);
     /* Rotates one head in place: pair i by the angle with cosine cs[2i] and sine cs[2i+1], i < n_rot/2. Pairs are (2i, 2i+1), or with

@@ -11,11 +11,6 @@ static void rms_norm(const float *x, const float *w, float eps, int64_t n, float
     for (int64_t i = 0; i < n; i++) y[i] = x[i] * scale * w[i];
 }
 
-static void add(float *y, const float *x, int64_t n)
-{
-    for (int64_t i = 0; i < n; i++) y[i] += x[i];
-}
-
 static void swiglu(const float *gate, const float *up, int64_t n, float *y)
 {
     for (int64_t i = 0; i < n; i++) y[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
@@ -59,4 +54,4 @@ static float softmax_exp(float *x, int64_t n, float *max)
     return sum;
 }
 
-const vector_kernels vector_scalar = {rms_norm, add, swiglu, rope, to_f16, from_f16, dot, softmax_exp};
+const vector_kernels vector_scalar = {rms_norm, swiglu, rope, to_f16, from_f16, dot, softmax_exp};

@@ -23,13 +23,6 @@ static void rms_norm(const float *x, const float *w, float eps, int64_t n, float
     for (; i < n; i++) y[i] = x[i] * scale * w[i];
 }
 
-static void add(float *y, const float *x, int64_t n)
-{
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) vf_store(y + i, vf_add(vf_load(y + i), vf_load(x + i)));
-    for (; i < n; i++) y[i] += x[i];
-}
-
 SIMD_INLINE vf swiglu_vector(vf gate, vf up)
 {
     return vf_mul(vf_div(gate, vf_add(vf_set(1), vf_exp(vf_sub(vf_zero(), gate)))), up);
@@ -108,5 +101,5 @@ static float softmax_exp(float *x, int64_t n, float *max)
 
 #define VECTOR_KERNELS                                                                                                                     \
     {                                                                                                                                      \
-        rms_norm, add, swiglu, rope, to_f16, from_f16, dot, softmax_exp                                                                    \
+        rms_norm, swiglu, rope, to_f16, from_f16, dot, softmax_exp                                                                         \
     }
