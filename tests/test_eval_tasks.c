@@ -1,29 +1,7 @@
 /* The tasks on a tiny random model: what they count and report, whatever the numbers are. */
 #include <math.h>
 
-#include "eval/eval.h"
-#include "test.h"
-
-typedef struct fixture {
-    quarry_model *model;
-    int32_t *tokens;
-    eval_text text;
-} fixture;
-
-/* Sentences that are all different, about 1,500 tokens. */
-static int64_t make_text(const quarry_model *model, int32_t **tokens)
-{
-    static const char *const who[] = {"The miller",  "Her sister",  "An old sailor", "The gardener",
-                                      "Our teacher", "A traveller", "The captain"};
-    static const char *const did[] = {"walked down to", "wrote a letter about", "had long forgotten", "could not stop talking of",
-                                      "sat quietly near"};
-    static const char *const what[] = {"the river", "the church on the hill", "the winter market", "a house with green doors"};
-    char text[8192];
-    size_t n = 0;
-    for (int i = 0; i < 120; i++)
-        n += (size_t)snprintf(text + n, sizeof text - n, "%s %s %s.%s", who[i % 7], did[i % 5], what[i / 5 % 4], i % 6 == 5 ? "\n" : " ");
-    return quarry_tokenize(model, text, n, false, tokens, NULL);
-}
+#include "eval_fixture.h"
 
 static int open_model(void **state)
 {
@@ -32,24 +10,8 @@ static int open_model(void **state)
     const char *folder = getenv("QUARRY_TINY_MODELS");
     if (!folder) fail_msg("QUARRY_TINY_MODELS is not set: run through ctest, or make the models with scripts/make_tiny_models.py");
     snprintf(path, sizeof path, "%s/llama-f32.gguf", folder);
-    const quarry_model_params params = {.n_threads = 2};
-    quarry_error error;
-    if (!(f.model = quarry_model_open(path, &params, &error))) {
-        fprintf(stderr, "%s\n", error.message);
-        return -1;
-    }
-    const int64_t n = make_text(f.model, &f.tokens);
-    f.text = (eval_text){"sentences", f.tokens, n};
     *state = &f;
-    return n > 0 ? 0 : -1;
-}
-
-static int close_model(void **state)
-{
-    const fixture *f = *state;
-    quarry_free(f->tokens);
-    quarry_model_close(f->model);
-    return 0;
+    return fixture_open(&f, path);
 }
 
 static void kld_of_full_is_zero_and_window_reads_less(void **state)
