@@ -143,11 +143,24 @@ static double divergence(const int32_t *ids, const float *log_probabilities, dou
     return kl;
 }
 
-/* The reference rounds nothing beyond the file's own weights. Every token is fed as an answering row, whose activations have two int8 terms; with one, as in
- * reading a document, this figure is 2.7e-3. */
-static void smollm2_predicts_as_the_reference(void **state)
+/* Logits [n][n_vocab] after each token, all of them read as a document is. */
+static float *read_logits(quarry_model *m, const int32_t *tokens, int64_t n)
 {
-    (void)state;
+    quarry_session *s = open_session(m, false);
+    int64_t vocab = model_shape_of(m)->n_vocab;
+    float *logits = malloc((size_t)(n * vocab) * sizeof *logits);
+    quarry_error e = {0};
+    for (int64_t i = 0; i < n; i++) {
+        if (quarry_session_read(s, tokens + i, 1, NULL, &e) != 0) fail_msg("%s", e.message);
+        memcpy(logits + i * vocab, quarry_session_logits(s), (size_t)vocab * sizeof *logits);
+    }
+    quarry_session_close(s);
+    return logits;
+}
+
+/* Mean KL divergence of the reference from us, over every position of the fixture; its tokens read like a document, or fed like a question. */
+static double mean_divergence(bool read)
+{
     quarry_model *m = open_model(real_model());
     int64_t vocab = model_shape_of(m)->n_vocab;
     reader r = open_fixture("smollm2_logprobs.bin", "QLOGPRB1");
@@ -158,7 +171,7 @@ static void smollm2_predicts_as_the_reference(void **state)
     for (uint32_t t = 0; t < n_texts; t++) {
         uint32_t n_tokens = take_u32(&r);
         int32_t *tokens = take_array(&r, n_tokens);
-        float *got = all_logits(m, tokens, n_tokens, false);
+        float *got = read ? read_logits(m, tokens, n_tokens) : all_logits(m, tokens, n_tokens, false);
         for (uint32_t p = 0; p < n_tokens; p++, n++) {
             int32_t *ids = take_array(&r, TOP);
             float *log_probabilities = take_array(&r, TOP), *rest = take_array(&r, 1);
@@ -171,12 +184,29 @@ static void smollm2_predicts_as_the_reference(void **state)
         free(tokens);
         free(got);
     }
-    print_message("mean KL divergence from the reference: %.2e over %lld positions\n", sum / (double)n, (long long)n);
+    print_message("mean KL divergence from the reference, tokens %s: %.2e over %lld positions\n", read ? "read" : "fed", sum / (double)n,
+                  (long long)n);
     assert_true(n >= 200);
-    assert_true(sum / (double)n < 1e-4);
     free(ours);
     memory_free(r.bytes);
     quarry_model_close(m);
+    return sum / (double)n;
+}
+
+/* The reference rounds nothing beyond the file's own weights; rows that answer have two int8 terms per activation. */
+static void smollm2_answers_as_the_reference(void **state)
+{
+    (void)state;
+    assert_true(mean_divergence(false) < 1e-4);
+}
+
+/* A document's rows have one term. What that costs varies with the instruction set and the batch, as other roundings fall differently: 2.7e-3 to 3.7e-3 were
+ * seen. The bound guards against more; it is above the 2e-3 that answering rows are held to. */
+static void smollm2_reads_nearly_as_the_reference(void **state)
+{
+    (void)state;
+    double mean = mean_divergence(true);
+    assert_true(mean > 0 && mean < 6e-3);
 }
 
 /* Where the reference's two best logits are further apart than f16 keys and values explain, the greedy token is the same. */
@@ -215,7 +245,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(tiny_models_give_the_reference_logits),
-        cmocka_unit_test(smollm2_predicts_as_the_reference),
+        cmocka_unit_test(smollm2_answers_as_the_reference),
+        cmocka_unit_test(smollm2_reads_nearly_as_the_reference),
         cmocka_unit_test(smollm2_continues_as_the_reference),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
