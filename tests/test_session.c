@@ -318,6 +318,110 @@ static void mapped_and_read_models_agree(void **state)
     }
 }
 
+enum { IN_BATCH = 4 };
+
+/* Sessions over beginnings of the same tokens, of several lengths, under several policies. */
+static void open_batch(quarry_model *m, quarry_session **sessions)
+{
+    const char *const attn[IN_BATCH] = {"ivfpq:budget=0.1", "full", "ivfpq:budget=0.1", "window"};
+    for (int i = 0; i < IN_BATCH; i++) {
+        sessions[i] = open_session(m, attn[i], 128);
+        read_tokens(sessions[i], 0, N - 37 * i);
+    }
+}
+
+static void close_all(quarry_session **sessions)
+{
+    for (int i = 0; i < IN_BATCH; i++) quarry_session_close(sessions[i]);
+}
+
+static void a_batch_of_sessions_equals_feeding_each(void **state)
+{
+    (void)state;
+    enum { STEPS = 40 }; /* tokens leave the window on the way */
+    const char *const names[] = {"llama-f32.gguf", "llama-q8_0.gguf"};
+    for (size_t k = 0; k < TEST_COUNT(names); k++) {
+        quarry_model *m = open_model(names[k], 2);
+        quarry_session *together[IN_BATCH], *alone[IN_BATCH];
+        open_batch(m, together);
+        open_batch(m, alone);
+        for (int step = 0; step < STEPS; step++) {
+            int32_t next[IN_BATCH];
+            quarry_error e = {0};
+            for (int i = 0; i < IN_BATCH; i++) next[i] = tokens[(step * IN_BATCH + i) % N];
+            if (quarry_sessions_feed(together, next, IN_BATCH, &e) != 0) fail_msg("%s", e.message);
+            for (int i = 0; i < IN_BATCH; i++)
+                if (quarry_session_feed(alone[i], &next[i], 1, NULL, &e) != 0) fail_msg("%s", e.message);
+        }
+        for (int i = 0; i < IN_BATCH; i++) {
+            quarry_stats a, b;
+            assert_int_equal(quarry_session_length(together[i]), N - 37 * i + STEPS);
+            assert_memory_equal(quarry_session_logits(together[i]), quarry_session_logits(alone[i]), (size_t)n_vocab * sizeof(float));
+            quarry_session_get_stats(together[i], &a);
+            quarry_session_get_stats(alone[i], &b);
+            assert_int_equal(a.n_fed, b.n_fed);
+            assert_int_equal(session_cost(together[i]).rows, session_cost(alone[i]).rows);
+        }
+        close_all(together);
+        close_all(alone);
+        quarry_model_close(m);
+    }
+}
+
+static void batches_that_cannot_be_are_refused(void **state)
+{
+    (void)state;
+    quarry_model *m = open_model("llama-f32.gguf", 1), *other = open_model("llama-f16.gguf", 1);
+    quarry_session *s = open_session(m, "full", 128), *foreign = open_session(other, "full", 128);
+    quarry_session *small = quarry_session_open(m, &(quarry_session_params){.n_ctx = 8}, NULL);
+    quarry_session *wide = quarry_session_open(m, &(quarry_session_params){.kv_f32 = true}, NULL);
+    read_tokens(s, 0, 100);
+    read_tokens(small, 0, 8);
+    float *before = copy_logits(s);
+    quarry_session *const bad[] = {s, foreign, small, wide};
+    const quarry_code expected[] = {QUARRY_ERROR_ARGUMENT, QUARRY_ERROR_ARGUMENT, QUARRY_ERROR_CONTEXT, QUARRY_ERROR_ARGUMENT};
+    for (size_t i = 0; i < TEST_COUNT(bad); i++) {
+        quarry_error e = {0};
+        assert_int_equal(quarry_sessions_feed((quarry_session *[]){s, bad[i]}, (int32_t[]){1, 2}, 2, &e), expected[i]);
+        assert_int_equal(e.code, expected[i]);
+        assert_int_equal(quarry_session_length(s), 100);
+        assert_memory_equal(quarry_session_logits(s), before, (size_t)n_vocab * sizeof(float));
+    }
+    assert_int_equal(quarry_sessions_feed(&s, (int32_t[]){(int32_t)n_vocab}, 1, NULL), QUARRY_ERROR_ARGUMENT);
+    assert_int_equal(quarry_session_length(s), 100);
+    assert_int_equal(quarry_sessions_feed(&s, NULL, 0, NULL), QUARRY_OK);
+    free(before);
+    quarry_session_close(s);
+    quarry_session_close(foreign);
+    quarry_session_close(small);
+    quarry_session_close(wide);
+    quarry_model_close(m);
+    quarry_model_close(other);
+}
+
+static void failed_allocations_leave_a_batch_usable(void **state)
+{
+    (void)state;
+    quarry_model *m = open_model("llama-f32.gguf", 1);
+    const int32_t next[IN_BATCH] = {1, 2, 3, 4};
+    quarry_code code = QUARRY_ERROR_MEMORY;
+    int64_t n = 0;
+    for (; code != QUARRY_OK; n++) {
+        quarry_session *s[IN_BATCH];
+        quarry_error e = {0};
+        open_batch(m, s);
+        memory_fail_after(n);
+        code = (quarry_code)quarry_sessions_feed(s, next, IN_BATCH, &e);
+        memory_fail_after(-1);
+        assert_true(code == QUARRY_OK || code == QUARRY_ERROR_MEMORY);
+        for (int i = 0; i < IN_BATCH; i++) assert_int_equal(quarry_session_length(s[i]), N - 37 * i + (code == QUARRY_OK));
+        if (code != QUARRY_OK) assert_int_equal(quarry_sessions_feed(s, next, IN_BATCH, &e), QUARRY_OK);
+        close_all(s);
+    }
+    assert_true(n > 2);
+    quarry_model_close(m);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -332,6 +436,9 @@ int main(void)
         cmocka_unit_test(failed_allocations_leave_the_session_usable),
         cmocka_unit_test(failed_allocations_while_opening_are_clean),
         cmocka_unit_test(mapped_and_read_models_agree),
+        cmocka_unit_test(a_batch_of_sessions_equals_feeding_each),
+        cmocka_unit_test(batches_that_cannot_be_are_refused),
+        cmocka_unit_test(failed_allocations_leave_a_batch_usable),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

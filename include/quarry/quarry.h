@@ -169,6 +169,11 @@ QUARRY_API int quarry_session_read(quarry_session *session, const int32_t *token
 QUARRY_API int quarry_session_feed(quarry_session *session, const int32_t *tokens, int64_t n, const quarry_watch *watch,
                                    quarry_error *error);
 
+/* Appends one token to each of n different sessions of one model, in one pass that reads the weights once: tokens[n]. The sessions may
+ * differ in length, document and policy, not in kv_f32. Equal to feeding them one by one. On error every
+ * session holds the tokens it held; after ARGUMENT and CONTEXT nothing was done, after others the logits are undefined. */
+QUARRY_API int quarry_sessions_feed(quarry_session *const *sessions, const int32_t *tokens, int n, quarry_error *error);
+
 /* Logits [n_vocab] for the token after the last one; NULL before anything was read. Valid until the next call on the session. */
 QUARRY_API const float *quarry_session_logits(const quarry_session *session);
 

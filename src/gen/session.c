@@ -4,7 +4,7 @@
 #include <string.h>
 #include <time.h>
 
-static double now(void)
+double session_now(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -134,7 +134,7 @@ int64_t session_room(const quarry_session *s)
     return limit - s->tokens.n;
 }
 
-static quarry_code check_room(const quarry_session *s, int64_t n, quarry_error *error)
+quarry_code session_check_room(const quarry_session *s, int64_t n, quarry_error *error)
 {
     int64_t room = session_room(s), trained = model_shape_of(s->model)->n_ctx_train, needed = s->tokens.n + n;
     if (n <= room) return QUARRY_OK;
@@ -162,8 +162,7 @@ static bool cancelled(void *data)
     return st->watch && st->watch->progress && !st->watch->progress(st->done, st->total, st->watch->data);
 }
 
-/* Forgets the tokens from n on, in cache and index. The last ones that remain are the local window again. */
-static void forget_from(quarry_session *s, int64_t n)
+void session_forget_from(quarry_session *s, int64_t n)
 {
     s->tokens.n = n;
     kv_truncate(s->kv, n);
@@ -174,7 +173,7 @@ static void forget_from(quarry_session *s, int64_t n)
 /* Forward of up to n_batch tokens, then the index follows. On error the session is as before. */
 static quarry_code run_chunk(quarry_session *s, const int32_t *tokens, int64_t n, bool last, step *st, quarry_error *error)
 {
-    int64_t first = s->tokens.n;
+    int64_t first = s->tokens.n, vocab = model_shape_of(s->model)->n_vocab;
     quarry_code code = QUARRY_OK;
     forward_row *rows = memory_alloc((size_t)n, sizeof *rows, "batch", error);
     attn_cost *cost = memory_zero((size_t)n, sizeof *cost, "batch", error);
@@ -191,11 +190,13 @@ static quarry_code run_chunk(quarry_session *s, const int32_t *tokens, int64_t n
             .pos = first + i,
             .token = tokens[i],
             .dense = st->dense,
-            .logits = st->all_logits || (last && i + 1 == n),
+            .logits = st->all_logits       ? st->all_logits + i * vocab
+                      : last && i + 1 == n ? s->logits
+                                           : NULL,
         };
     arena *threads = forward_scratch_threads(s->scratch);
     model_lock(s->model);
-    code = model_forward(s->model, s->scratch, rows, n, st->all_logits ? st->all_logits : s->logits, cost, cancelled, st, error);
+    code = model_forward(s->model, s->scratch, rows, n, cost, cancelled, st, error);
     if (code == QUARRY_OK) code = attn_index_advance(s->policies[0], s->kv, model_pool(s->model), threads, error);
     model_unlock(s->model);
     for (int64_t i = 0; i < n; i++) {
@@ -203,7 +204,7 @@ static quarry_code run_chunk(quarry_session *s, const int32_t *tokens, int64_t n
         st->cost.rows += cost[i].rows;
     }
 done:
-    if (code != QUARRY_OK) forget_from(s, first);
+    if (code != QUARRY_OK) session_forget_from(s, first);
     memory_free(rows);
     memory_free(cost);
     return code;
@@ -211,7 +212,7 @@ done:
 
 static quarry_code run_tokens(quarry_session *s, const int32_t *tokens, int64_t n, step *st, quarry_error *error)
 {
-    quarry_code code = check_room(s, n, error);
+    quarry_code code = session_check_room(s, n, error);
     int64_t vocab = model_shape_of(s->model)->n_vocab;
     st->total = n;
     for (int64_t i = 0, chunk; i < n && code == QUARRY_OK; i += chunk) {
@@ -229,7 +230,7 @@ static quarry_code run_tokens(quarry_session *s, const int32_t *tokens, int64_t 
 
 int quarry_session_read(quarry_session *s, const int32_t *tokens, int64_t n, const quarry_watch *watch, quarry_error *error)
 {
-    double start = now();
+    double start = session_now();
     step st = {.dense = true, .watch = watch};
     int64_t before = s->tokens.n;
     quarry_code code = run_tokens(s, tokens, n, &st, error);
@@ -239,7 +240,7 @@ int quarry_session_read(quarry_session *s, const int32_t *tokens, int64_t n, con
         model_unlock(s->model);
     }
     s->stats.n_read += s->tokens.n - before;
-    s->stats.read_seconds += now() - start;
+    s->stats.read_seconds += session_now() - start;
     return code;
 }
 
@@ -258,22 +259,22 @@ static void count_sparse(quarry_session *s, const step *st)
 
 int quarry_session_feed(quarry_session *s, const int32_t *tokens, int64_t n, const quarry_watch *watch, quarry_error *error)
 {
-    double start = now();
+    double start = session_now();
     step st = {.watch = watch};
     int64_t before = s->tokens.n;
     quarry_code code = run_tokens(s, tokens, n, &st, error);
     count_sparse(s, &st);
     s->stats.n_fed += s->tokens.n - before;
-    s->stats.feed_seconds += now() - start;
+    s->stats.feed_seconds += session_now() - start;
     return code;
 }
 
 quarry_code session_feed_generated(quarry_session *s, int32_t token, const quarry_watch *watch, quarry_error *error)
 {
-    double start = now();
+    double start = session_now();
     step st = {.watch = watch};
     quarry_code code = run_tokens(s, &token, 1, &st, error);
-    s->stats.generate_seconds += now() - start;
+    s->stats.generate_seconds += session_now() - start;
     if (code != QUARRY_OK) return code;
     count_sparse(s, &st);
     s->stats.n_generated++;
@@ -320,7 +321,7 @@ int quarry_session_truncate(quarry_session *s, int64_t n, quarry_error *error)
         return error_set(error, QUARRY_ERROR_ARGUMENT, "cannot truncate to %lld tokens: the session holds %lld", (long long)n,
                          (long long)s->tokens.n);
     if (n == s->tokens.n) return QUARRY_OK;
-    forget_from(s, n);
+    session_forget_from(s, n);
     return QUARRY_OK;
 }
 

@@ -27,5 +27,10 @@ struct quarry_session {
 quarry_code session_feed_generated(quarry_session *s, int32_t token, const quarry_watch *watch, quarry_error *error);
 /* Tokens that still fit. */
 int64_t session_room(const quarry_session *s);
+/* Error CONTEXT if n tokens more do not. */
+quarry_code session_check_room(const quarry_session *s, int64_t n, quarry_error *error);
+/* Forgets the tokens from n on, in cache and index. The last ones that remain are the local window again. */
+void session_forget_from(quarry_session *s, int64_t n);
+double session_now(void); /* seconds on a clock that only goes forward */
 
 #endif

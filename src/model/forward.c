@@ -210,19 +210,31 @@ static quarry_code run_layer(pass *p, attn_cost *cost, quarry_error *error)
     return QUARRY_OK;
 }
 
-/* logits[·][n_vocab] of the rows that want them, in order. */
-static void run_output(pass *p, float *logits)
+/* The logits of the rows that want them. Those whose destinations do not follow each other are copied there. */
+static quarry_code run_output(pass *p, quarry_error *error)
 {
     quarry_model *m = p->m;
-    int64_t n = 0, width = m->shape.n_embd;
-    for (int64_t i = 0; i < p->n; i++)
-        if (p->rows[i].logits) memmove(p->x + n++ * width, p->x + i * width, (size_t)width * sizeof *p->x);
-    if (n == 0) return;
+    int64_t n = 0, width = m->shape.n_embd, n_vocab = m->shape.n_vocab;
+    float **out = arena_alloc(&p->s->step, (size_t)p->n, sizeof *out, error);
+    bool adjacent = true;
+    if (!out) return QUARRY_ERROR_MEMORY;
+    for (int64_t i = 0; i < p->n; i++) {
+        if (!p->rows[i].logits) continue;
+        memmove(p->x + n * width, p->x + i * width, (size_t)width * sizeof *p->x);
+        out[n] = p->rows[i].logits;
+        adjacent = adjacent && out[n] == out[0] + n * n_vocab;
+        n++;
+    }
+    if (n == 0) return QUARRY_OK;
+    float *logits = adjacent ? out[0] : arena_alloc(&p->s->step, (size_t)n, (size_t)n_vocab * sizeof *logits, error);
+    if (!logits) return QUARRY_ERROR_MEMORY;
     p->n = n;
     p->norm = m->output_norm;
     for_rows(p, norm_row);
     activations a = quantize(p, p->normed, width);
     multiply(p, &a, &(matmul_job){m->tied ? &m->embedding : &m->output, NULL, logits, false}, 1);
+    for (int64_t i = 0; i < n && !adjacent; i++) memcpy(out[i], logits + i * n_vocab, (size_t)n_vocab * sizeof *logits);
+    return QUARRY_OK;
 }
 
 static quarry_code check_rows(const quarry_model *m, const forward_row *rows, int64_t n, quarry_error *error)
@@ -240,7 +252,7 @@ static void commit_rows(const forward_row *rows, int64_t n)
         if (rows[i].pos >= kv_length(rows[i].kv)) kv_commit(rows[i].kv, rows[i].pos + 1);
 }
 
-quarry_code model_forward(quarry_model *m, forward_scratch *s, const forward_row *rows, int64_t n, float *logits, attn_cost *cost,
+quarry_code model_forward(quarry_model *m, forward_scratch *s, const forward_row *rows, int64_t n, attn_cost *cost,
                           forward_cancel_fn cancel, void *data, quarry_error *error)
 {
     pass p = {.m = m, .s = s, .rows = rows, .n = n};
@@ -264,7 +276,7 @@ quarry_code model_forward(quarry_model *m, forward_scratch *s, const forward_row
         p.layer_index = i;
         if ((code = run_layer(&p, cost, error)) != QUARRY_OK) return code;
     }
-    run_output(&p, logits);
+    if ((code = run_output(&p, error)) != QUARRY_OK) return code;
     if ((code = gguf_check(m->file, error)) != QUARRY_OK) return code;
     commit_rows(rows, n);
     return QUARRY_OK;

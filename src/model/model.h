@@ -32,8 +32,8 @@ typedef struct forward_row {
     attn_policy *policy; /* NULL: dense */
     int64_t pos;
     int32_t token;
-    bool dense;  /* read all of the cache (a document), though policy observes */
-    bool logits; /* wanted for this row */
+    bool dense;    /* read all of the cache (a document), though policy observes */
+    float *logits; /* [n_vocab] for the logits of this row, or NULL: not wanted */
 } forward_row;
 
 /* Forward passes and index updates of the sessions of one model run one after the other: each session holds the lock for one step. */
@@ -47,10 +47,10 @@ void forward_scratch_destroy(forward_scratch *s);
 size_t forward_scratch_bytes(const forward_scratch *s);
 arena *forward_scratch_threads(forward_scratch *s); /* [pool size] arenas, for attn_index_* */
 
-/* Runs rows through all layers, writes their K|V rows, and puts the logits of the rows that want them, in order, into logits[·][n_vocab]. cost[n], if not NULL, receives bytes
- * read per row. cancel, if not NULL, is asked between layers. On success kv lengths are committed; on any error they are as before. The caller holds the model's lock. */
+/* Runs rows through all layers, writes their K|V rows, and puts the logits of the rows that want them where they say. Rows of several timelines read the weights once; their caches
+ * have one type. cost[n], if not NULL, receives bytes read per row. cancel, if not NULL, is asked between layers. On success kv lengths are committed; on any error they are as before. The caller holds the model's lock. */
 typedef bool (*forward_cancel_fn)(void *data); /* true: stop */
-quarry_code model_forward(quarry_model *m, forward_scratch *s, const forward_row *rows, int64_t n, float *logits, attn_cost *cost,
+quarry_code model_forward(quarry_model *m, forward_scratch *s, const forward_row *rows, int64_t n, attn_cost *cost,
                           forward_cancel_fn cancel, void *data, quarry_error *error);
 
 #endif
