@@ -134,25 +134,39 @@ void activations_quantize(activations *a, const matmul_kernels *kernels, thread_
     for (int64_t i = 0; i < n_groups; i++) quantize_group(&loop, i, 0);
 }
 
+/* Tasks of equal size that follow each other; panels are counted over all products. */
+typedef struct task_run {
+    int64_t task, panel; /* the first */
+    int64_t size;        /* panels of a task */
+} task_run;
+
+enum { MAX_RUNS = 64 };
+
 struct matmul_loop {
     const matmul_kernels *kernels;
     const activations *a;
     const matmul_job *jobs;
-    int n_jobs;
-    size_t task_bytes; /* of weights */
+    int n_jobs, n_runs;
+    int64_t n_tasks, n_panels;
+    task_run runs[MAX_RUNS];
 };
 
-/* Panels of one task: consecutive ones, so that a task streams one range of memory. */
-static int64_t task_panels(const struct matmul_loop *loop, const weight *w)
+/* Tasks have `most` panels while there is much to do, so that each streams a long range of memory. Then they shrink, so that the threads finish
+ * together: a round, one task for each thread, takes three quarters of what is left. */
+static void plan_tasks(struct matmul_loop *loop, int64_t most, int64_t n_threads)
 {
-    int64_t n = (int64_t)(loop->task_bytes / panel_bytes(w));
-    return n > 1 ? n : 1;
-}
-
-static int64_t task_count(const struct matmul_loop *loop, const weight *w)
-{
-    int64_t per_task = task_panels(loop, w);
-    return (panel_count(w) + per_task - 1) / per_task;
+    for (int64_t panel = 0, left; (left = loop->n_panels - panel) > 0;) {
+        int64_t size = 3 * left / (4 * n_threads), n = n_threads;
+        size = size < 1 ? 1 : size;
+        if (size > most) {
+            size = most;
+            n = left / size - n_threads;
+        }
+        if (size == 1 || n > left / size || loop->n_runs + 1 == MAX_RUNS) n = (left + size - 1) / size;
+        loop->runs[loop->n_runs++] = (task_run){loop->n_tasks, panel, size};
+        loop->n_tasks += n;
+        panel += n * size;
+    }
 }
 
 /* y[n][16 of n_out] from out[n][16]. */
@@ -205,24 +219,30 @@ static void run_task(void *context, int64_t task, int thread)
 {
     (void)thread;
     const struct matmul_loop *loop = context;
-    const matmul_job *job = loop->jobs;
-    for (int64_t n; task >= (n = task_count(loop, job->w)); job++) task -= n;
-    int64_t per_task = task_panels(loop, job->w), begin = task * per_task, n_panels = panel_count(job->w);
-    run_panels(loop, job, begin, begin + per_task < n_panels ? begin + per_task : n_panels);
+    const task_run *run = loop->runs;
+    while (run + 1 < loop->runs + loop->n_runs && run[1].task <= task) run++;
+    int64_t begin = run->panel + (task - run->task) * run->size, end = begin + run->size;
+    for (const matmul_job *job = loop->jobs; job < loop->jobs + loop->n_jobs && end > 0; job++) {
+        int64_t n = panel_count(job->w);
+        if (begin < n) run_panels(loop, job, begin > 0 ? begin : 0, end < n ? end : n);
+        begin -= n;
+        end -= n;
+    }
 }
 
 void matmul_run(const matmul_kernels *kernels, thread_pool *pool, const activations *a, const matmul_job *jobs, int n_jobs)
 {
-    /* A task streams enough to hide what claiming it costs (well under a microsecond; 32 KB take two or three), and there are
-     * enough of them for the threads to finish together. Many rows: two panels, which a few hundred KB of activations pass over. */
-    enum { MAX_TASK = 128 << 10, MIN_TASK = 32 << 10, TASKS_PER_THREAD = 8 };
-    struct matmul_loop loop = {kernels, a, jobs, n_jobs, 0};
-    size_t total = 0;
-    for (int i = 0; i < n_jobs; i++) total += jobs[i].w->n_bytes;
-    loop.task_bytes = total / ((size_t)thread_pool_size(pool) * TASKS_PER_THREAD);
-    if (loop.task_bytes > MAX_TASK) loop.task_bytes = MAX_TASK;
-    if (a->n_rows <= 4 && loop.task_bytes < MIN_TASK) loop.task_bytes = MIN_TASK;
-    int64_t n_tasks = 0;
-    for (int i = 0; i < n_jobs; i++) n_tasks += task_count(&loop, jobs[i].w);
-    thread_pool_run(pool, n_tasks, run_task, &loop);
+    /* 128 KB hide what claiming a task costs (about a tenth of a microsecond). Many rows: two panels, which a few hundred KB of activations pass over. */
+    enum { MOST_BYTES = 128 << 10, TASKS_PER_THREAD = 8, FEW_ROWS = 4 };
+    struct matmul_loop loop = {.kernels = kernels, .a = a, .jobs = jobs, .n_jobs = n_jobs};
+    size_t widest = 1;
+    for (int i = 0; i < n_jobs; i++) {
+        if (panel_bytes(jobs[i].w) > widest) widest = panel_bytes(jobs[i].w);
+        loop.n_panels += panel_count(jobs[i].w);
+    }
+    int64_t n_threads = thread_pool_size(pool), most = (int64_t)(MOST_BYTES / widest),
+            share = loop.n_panels / (n_threads * TASKS_PER_THREAD);
+    if (a->n_rows > FEW_ROWS && most > share) most = share;
+    plan_tasks(&loop, most > 1 ? most : 1, n_threads);
+    thread_pool_run(pool, loop.n_tasks, run_task, &loop);
 }
