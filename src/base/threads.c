@@ -33,6 +33,9 @@ struct thread_pool {
     _Atomic int64_t n_tasks; /* atomic only because a late worker may read them while the next loop is set up */
     _Atomic(task_fn) fn;
     _Atomic(void *) context;
+    /* Expected memory: written between loops, read by threads with nothing to do. One that reads it half changed fetches in vain. */
+    _Atomic(const char *) next;
+    _Atomic size_t next_bytes, next_share;
     struct worker {
         thread_pool *pool;
         int index;
@@ -60,6 +63,32 @@ static void work(thread_pool *p, uint32_t generation, int thread)
     }
 }
 
+/* What an idle thread may fetch. */
+typedef struct idle {
+    const char *at, *end;
+} idle;
+
+static idle idle_begin(thread_pool *p, int thread)
+{
+    const char *next = atomic_load_explicit(&p->next, memory_order_relaxed);
+    size_t share = atomic_load_explicit(&p->next_share, memory_order_relaxed),
+           n = atomic_load_explicit(&p->next_bytes, memory_order_relaxed);
+    size_t first = (size_t)thread * share, end = first + share < n ? first + share : n;
+    return first < end ? (idle){next + first, next + end} : (idle){NULL, NULL};
+}
+
+/* One step of waiting. */
+static inline void idle_step(idle *i)
+{
+    enum { LINE = 64 };
+    if (i->at < i->end) {
+        __builtin_prefetch(i->at, 0, 2);
+        i->at += LINE;
+    } else {
+        SPIN_PAUSE();
+    }
+}
+
 static void *worker_main(void *argument)
 {
     struct worker *w = argument;
@@ -67,8 +96,9 @@ static void *worker_main(void *argument)
     uint32_t seen = 0;
     for (;;) {
         uint32_t now = seen;
+        idle wait = idle_begin(p, w->index);
         for (int i = 0; i < SPINS_BEFORE_SLEEP && now == seen && !atomic_load_explicit(&p->quit, memory_order_relaxed); i++) {
-            SPIN_PAUSE();
+            idle_step(&wait);
             now = generation_of(atomic_load_explicit(&p->ticket, memory_order_acquire));
         }
         if (now == seen) {
@@ -153,11 +183,19 @@ void thread_pool_run(thread_pool *p, int64_t n_tasks, task_fn fn, void *context)
         pthread_mutex_unlock(&p->lock);
     }
     work(p, generation, 0);
+    idle wait = idle_begin(p, 0);
     for (int i = 0; atomic_load_explicit(&p->n_done, memory_order_acquire) < n_tasks; i++) {
         if (i < SPINS_BEFORE_YIELD)
-            SPIN_PAUSE();
+            idle_step(&wait);
         else
             sched_yield();
     }
     pthread_mutex_unlock(&p->caller);
+}
+
+void thread_pool_expect(thread_pool *p, const void *data, size_t n_bytes, size_t share)
+{
+    atomic_store_explicit(&p->next, data, memory_order_relaxed);
+    atomic_store_explicit(&p->next_bytes, n_bytes, memory_order_relaxed);
+    atomic_store_explicit(&p->next_share, share, memory_order_relaxed);
 }

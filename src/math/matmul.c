@@ -230,19 +230,36 @@ static void run_task(void *context, int64_t task, int thread)
     }
 }
 
+/* 128 KB hide what claiming a task costs (about a tenth of a microsecond). */
+static int64_t most_panels(size_t bytes)
+{
+    enum { MOST_BYTES = 128 << 10 };
+    return bytes < MOST_BYTES ? (int64_t)(MOST_BYTES / bytes) : 1;
+}
+
 void matmul_run(const matmul_kernels *kernels, thread_pool *pool, const activations *a, const matmul_job *jobs, int n_jobs)
 {
-    /* 128 KB hide what claiming a task costs (about a tenth of a microsecond). Many rows: two panels, which a few hundred KB of activations pass over. */
-    enum { MOST_BYTES = 128 << 10, TASKS_PER_THREAD = 8, FEW_ROWS = 4 };
+    enum { TASKS_PER_THREAD = 8, FEW_ROWS = 4 };
     struct matmul_loop loop = {.kernels = kernels, .a = a, .jobs = jobs, .n_jobs = n_jobs};
     size_t widest = 1;
     for (int i = 0; i < n_jobs; i++) {
         if (panel_bytes(jobs[i].w) > widest) widest = panel_bytes(jobs[i].w);
         loop.n_panels += panel_count(jobs[i].w);
     }
-    int64_t n_threads = thread_pool_size(pool), most = (int64_t)(MOST_BYTES / widest),
-            share = loop.n_panels / (n_threads * TASKS_PER_THREAD);
-    if (a->n_rows > FEW_ROWS && most > share) most = share;
-    plan_tasks(&loop, most > 1 ? most : 1, n_threads);
+    int64_t n_threads = thread_pool_size(pool), most = most_panels(widest), share = loop.n_panels / (n_threads * TASKS_PER_THREAD);
+    /* Many rows: two or three panels, which a few hundred KB of activations pass over. */
+    if (a->n_rows > FEW_ROWS && most > share) most = share > 1 ? share : 1;
+    plan_tasks(&loop, most, n_threads);
     thread_pool_run(pool, loop.n_tasks, run_task, &loop);
+}
+
+void matmul_expect(thread_pool *pool, const weight *w, int64_t n_out)
+{
+    if (!w) {
+        thread_pool_expect(pool, NULL, 0, 0);
+        return;
+    }
+    struct matmul_loop loop = {.n_panels = (n_out + PANEL_ROWS - 1) / PANEL_ROWS};
+    plan_tasks(&loop, most_panels(panel_bytes(w)), thread_pool_size(pool));
+    thread_pool_expect(pool, w->data, w->n_bytes, (size_t)loop.runs[0].size * panel_bytes(w));
 }
