@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 
-FREQUENCY = 5000
+FREQUENCY = 999
 FAMILIES = [("matmul", "matrix products"), ("blocks", "matrix products"), ("attention", "attention"), ("retrieval", "retrieval"), ("vector", "vectors")]
 ORDER = ["matrix products", "attention", "retrieval", "vectors", "waiting and claiming", "asleep", "forward pass", "copies", "system", "other"]
 KERNELS = {name for _, name in FAMILIES}
@@ -84,7 +84,7 @@ def main():
     parser.add_argument("-a", "--attn", default="full", help="retrieval policy (default: full)")
     parser.add_argument("-t", "--threads", type=int, default=0, help="threads (default: one per core)")
     parser.add_argument("-n", type=int, default=64, help="tokens per repetition (default: 64)")
-    parser.add_argument("-r", "--repetitions", type=int, default=20, help="repetitions (default: 20)")
+    parser.add_argument("-r", "--repetitions", type=int, default=40, help="repetitions (default: 40)")
     parser.add_argument("--top", type=int, default=0, help="also list so many symbols outside kernels")
     options = parser.parse_args()
     if not shutil.which("perf"):
