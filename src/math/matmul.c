@@ -160,7 +160,7 @@ static void plan_tasks(struct matmul_loop *loop, int64_t most, int64_t n_threads
         size = size < 1 ? 1 : size;
         if (size > most) {
             size = most;
-            n = left / size - n_threads;
+            n = left / size > n_threads ? left / size - n_threads : 1;
         }
         if (size == 1 || n > left / size || loop->n_runs + 1 == MAX_RUNS) n = (left + size - 1) / size;
         loop->runs[loop->n_runs++] = (task_run){loop->n_tasks, panel, size};
