@@ -233,7 +233,7 @@ static void run_task(void *context, int64_t task, int thread)
 /* 128 KB hide what claiming a task costs (about a tenth of a microsecond). */
 static int64_t most_panels(size_t bytes)
 {
-    enum { MOST_BYTES = 128 << 10 };
+    enum { MOST_BYTES = 1024 << 10 };
     return bytes < MOST_BYTES ? (int64_t)(MOST_BYTES / bytes) : 1;
 }
 
