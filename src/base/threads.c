@@ -33,13 +33,13 @@ struct thread_pool {
     _Atomic int64_t n_tasks; /* atomic only because a late worker may read them while the next loop is set up */
     _Atomic(task_fn) fn;
     _Atomic(void *) context;
-    /* Expected memory: written between loops, read by threads with nothing to do. One that reads it half changed fetches in vain. */
-    _Atomic(const char *) next;
-    _Atomic size_t next_bytes, next_share;
     struct worker {
         thread_pool *pool;
         int index;
         pthread_t thread;
+        /* Expected memory: written between loops, read by a thread with nothing to do. One that reads it half changed fetches in vain. */
+        _Atomic(const char *) next;
+        _Atomic size_t next_bytes;
     } worker[];
 };
 
@@ -68,13 +68,10 @@ typedef struct idle {
     const char *at, *end;
 } idle;
 
-static idle idle_begin(thread_pool *p, int thread)
+static idle idle_begin(struct worker *w)
 {
-    const char *next = atomic_load_explicit(&p->next, memory_order_relaxed);
-    size_t share = atomic_load_explicit(&p->next_share, memory_order_relaxed),
-           n = atomic_load_explicit(&p->next_bytes, memory_order_relaxed);
-    size_t first = (size_t)thread * share, end = first + share < n ? first + share : n;
-    return first < end ? (idle){next + first, next + end} : (idle){NULL, NULL};
+    const char *next = atomic_load_explicit(&w->next, memory_order_relaxed);
+    return (idle){next, next + atomic_load_explicit(&w->next_bytes, memory_order_relaxed)};
 }
 
 /* One step of waiting. */
@@ -96,7 +93,7 @@ static void *worker_main(void *argument)
     uint32_t seen = 0;
     for (;;) {
         uint32_t now = seen;
-        idle wait = idle_begin(p, w->index);
+        idle wait = idle_begin(w);
         for (int i = 0; i < SPINS_BEFORE_SLEEP && now == seen && !atomic_load_explicit(&p->quit, memory_order_relaxed); i++) {
             idle_step(&wait);
             now = generation_of(atomic_load_explicit(&p->ticket, memory_order_acquire));
@@ -128,7 +125,8 @@ thread_pool *thread_pool_create(int n_threads, quarry_error *error)
     pthread_cond_init(&p->wake, NULL);
     p->n_threads = 1;
     for (int i = 1; i < n_threads; i++) {
-        p->worker[i] = (struct worker){.pool = p, .index = i};
+        p->worker[i].pool = p;
+        p->worker[i].index = i;
         if (pthread_create(&p->worker[i].thread, NULL, worker_main, &p->worker[i]) != 0) {
             error_set(error, QUARRY_ERROR_MEMORY, "cannot start thread %d of %d; try fewer threads with -t", i + 1, n_threads);
             thread_pool_destroy(p);
@@ -183,7 +181,7 @@ void thread_pool_run(thread_pool *p, int64_t n_tasks, task_fn fn, void *context)
         pthread_mutex_unlock(&p->lock);
     }
     work(p, generation, 0);
-    idle wait = idle_begin(p, 0);
+    idle wait = idle_begin(&p->worker[0]);
     for (int i = 0; atomic_load_explicit(&p->n_done, memory_order_acquire) < n_tasks; i++) {
         if (i < SPINS_BEFORE_YIELD)
             idle_step(&wait);
@@ -193,9 +191,8 @@ void thread_pool_run(thread_pool *p, int64_t n_tasks, task_fn fn, void *context)
     pthread_mutex_unlock(&p->caller);
 }
 
-void thread_pool_expect(thread_pool *p, const void *data, size_t n_bytes, size_t share)
+void thread_pool_expect(thread_pool *p, int thread, const void *data, size_t n_bytes)
 {
-    atomic_store_explicit(&p->next, data, memory_order_relaxed);
-    atomic_store_explicit(&p->next_bytes, n_bytes, memory_order_relaxed);
-    atomic_store_explicit(&p->next_share, share, memory_order_relaxed);
+    atomic_store_explicit(&p->worker[thread].next, data, memory_order_relaxed);
+    atomic_store_explicit(&p->worker[thread].next_bytes, n_bytes, memory_order_relaxed);
 }

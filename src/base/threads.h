@@ -22,8 +22,8 @@ typedef void (*task_fn)(void *context, int64_t task, int thread);
  * task must not call it. */
 void thread_pool_run(thread_pool *pool, int64_t n_tasks, task_fn fn, void *context);
 
-/* Names memory that a loop soon reads, thread t beginning at byte t * share: until another call, threads that wait for one another fetch
- * their share into their caches. For the caller of loops, between them. Nothing is read but the processor's caches: the memory may go at any time. */
-void thread_pool_expect(thread_pool *pool, const void *data, size_t n_bytes, size_t share);
+/* Names memory that the thread soon reads: until another call it fetches that into its caches whenever it waits for the others. For the
+ * caller of loops, between them. The memory may go at any time. */
+void thread_pool_expect(thread_pool *pool, int thread, const void *data, size_t n_bytes);
 
 #endif

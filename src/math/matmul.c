@@ -1,5 +1,6 @@
 #include "math/matmul.h"
 
+#include <stdatomic.h>
 #include <string.h>
 
 #include "math/matmul_internal.h"
@@ -134,39 +135,48 @@ void activations_quantize(activations *a, const matmul_kernels *kernels, thread_
     for (int64_t i = 0; i < n_groups; i++) quantize_group(&loop, i, 0);
 }
 
-/* Tasks of equal size that follow each other; panels are counted over all products. */
-typedef struct task_run {
-    int64_t task, panel; /* the first */
-    int64_t size;        /* panels of a task */
-} task_run;
+/* Panels are counted over all products of a loop. Each thread has an equal range of them: one row of activations is bound by memory, and memory is
+ * fastest in long stretches in order (in tasks of at most 128 KB a decode step takes over a tenth longer). A thread that is done takes from the
+ * ends of the others' ranges. */
+typedef struct panel_range {
+    _Alignas(64) _Atomic uint64_t left; /* next panel | end << 32 */
+} panel_range;
 
-enum { MAX_RUNS = 64 };
+enum { MAX_RANGES = 64 };
 
 struct matmul_loop {
     const matmul_kernels *kernels;
     const activations *a;
     const matmul_job *jobs;
-    int n_jobs, n_runs;
-    int64_t n_tasks, n_panels;
-    task_run runs[MAX_RUNS];
+    int n_jobs, n_ranges;
+    int64_t step; /* the most panels taken at once */
+    panel_range ranges[MAX_RANGES];
 };
 
-/* Tasks have `most` panels while there is much to do, so that each streams a long range of memory. Then they shrink, so that the threads finish
- * together: a round, one task for each thread, takes three quarters of what is left. */
-static void plan_tasks(struct matmul_loop *loop, int64_t most, int64_t n_threads)
+/* Takes panels: most of what is left from the front, or half of it from the end; 0: nothing is left. */
+static int64_t range_take(panel_range *range, int64_t step, bool from_end, int64_t *first)
 {
-    for (int64_t panel = 0, left; (left = loop->n_panels - panel) > 0;) {
-        int64_t size = 3 * left / (4 * n_threads), n = n_threads;
-        size = size < 1 ? 1 : size;
-        if (size > most) {
-            size = most;
-            n = left / size > n_threads ? left / size - n_threads : 1;
-        }
-        if (size == 1 || n > left / size || loop->n_runs + 1 == MAX_RUNS) n = (left + size - 1) / size;
-        loop->runs[loop->n_runs++] = (task_run){loop->n_tasks, panel, size};
-        loop->n_tasks += n;
-        panel += n * size;
+    uint64_t left = atomic_load_explicit(&range->left, memory_order_relaxed);
+    for (;;) {
+        int64_t begin = (int64_t)(uint32_t)left, end = (int64_t)(left >> 32),
+                n = from_end ? (end - begin + 1) / 2 : (3 * (end - begin) + 3) / 4;
+        if (n <= 0) return 0;
+        if (n > step) n = step;
+        *first = from_end ? end - n : begin;
+        uint64_t rest = from_end ? (uint64_t)(end - n) << 32 | (uint64_t)begin : (uint64_t)end << 32 | (uint64_t)(begin + n);
+        if (atomic_compare_exchange_weak_explicit(&range->left, &left, rest, memory_order_relaxed, memory_order_relaxed)) return n;
     }
+}
+
+/* Where range i of n begins. */
+static int64_t range_first(int64_t n_panels, int i, int n)
+{
+    return n_panels * i / n;
+}
+
+static int range_count(const thread_pool *pool)
+{
+    return thread_pool_size(pool) < MAX_RANGES ? thread_pool_size(pool) : MAX_RANGES;
 }
 
 /* y[n][16 of n_out] from out[n][16]. */
@@ -215,51 +225,59 @@ static void run_panels(const struct matmul_loop *loop, const matmul_job *job, in
     }
 }
 
-static void run_task(void *context, int64_t task, int thread)
+static void run_range(void *context, int64_t task, int thread)
 {
     (void)thread;
-    const struct matmul_loop *loop = context;
-    const task_run *run = loop->runs;
-    while (run + 1 < loop->runs + loop->n_runs && run[1].task <= task) run++;
-    int64_t begin = run->panel + (task - run->task) * run->size, end = begin + run->size;
-    for (const matmul_job *job = loop->jobs; job < loop->jobs + loop->n_jobs && end > 0; job++) {
-        int64_t n = panel_count(job->w);
-        if (begin < n) run_panels(loop, job, begin > 0 ? begin : 0, end < n ? end : n);
-        begin -= n;
-        end -= n;
+    struct matmul_loop *loop = context;
+    for (int i = 0; i < loop->n_ranges; i++) {
+        panel_range *range = &loop->ranges[(task + i) % loop->n_ranges];
+        int64_t begin, n;
+        while ((n = range_take(range, loop->step, i > 0, &begin)) > 0) {
+            int64_t end = begin + n;
+            for (const matmul_job *job = loop->jobs; end > 0; job++) {
+                int64_t n_panels = panel_count(job->w);
+                if (begin < n_panels) run_panels(loop, job, begin > 0 ? begin : 0, end < n_panels ? end : n_panels);
+                begin -= n_panels;
+                end -= n_panels;
+            }
+        }
     }
-}
-
-/* 128 KB hide what claiming a task costs (about a tenth of a microsecond). */
-static int64_t most_panels(size_t bytes)
-{
-    enum { MOST_BYTES = 1024 << 10 };
-    return bytes < MOST_BYTES ? (int64_t)(MOST_BYTES / bytes) : 1;
 }
 
 void matmul_run(const matmul_kernels *kernels, thread_pool *pool, const activations *a, const matmul_job *jobs, int n_jobs)
 {
-    enum { TASKS_PER_THREAD = 8, FEW_ROWS = 4 };
-    struct matmul_loop loop = {.kernels = kernels, .a = a, .jobs = jobs, .n_jobs = n_jobs};
-    size_t widest = 1;
-    for (int i = 0; i < n_jobs; i++) {
-        if (panel_bytes(jobs[i].w) > widest) widest = panel_bytes(jobs[i].w);
-        loop.n_panels += panel_count(jobs[i].w);
+    /* Many rows: two panels or more, which a few hundred KB of activations pass over. */
+    enum { FEW_ROWS = 4, STEPS_PER_THREAD = 8, MOST_BYTES = 128 << 10 };
+    struct matmul_loop loop = {
+        .kernels = kernels, .a = a, .jobs = jobs, .n_jobs = n_jobs, .n_ranges = range_count(pool), .step = INT64_MAX};
+    int64_t n_panels = 0;
+    for (int i = 0; i < n_jobs; i++) n_panels += panel_count(jobs[i].w);
+    if (a->n_rows > FEW_ROWS) {
+        int64_t most = (int64_t)(MOST_BYTES / panel_bytes(jobs->w)), share = n_panels / (loop.n_ranges * STEPS_PER_THREAD);
+        loop.step = share < most ? share : most;
+        if (loop.step < 1) loop.step = 1;
     }
-    int64_t n_threads = thread_pool_size(pool), most = most_panels(widest), share = loop.n_panels / (n_threads * TASKS_PER_THREAD);
-    /* Many rows: two or three panels, which a few hundred KB of activations pass over. */
-    if (a->n_rows > FEW_ROWS && most > share) most = share > 1 ? share : 1;
-    plan_tasks(&loop, most, n_threads);
-    thread_pool_run(pool, loop.n_tasks, run_task, &loop);
+    for (int i = 0; i < loop.n_ranges; i++)
+        atomic_init(&loop.ranges[i].left,
+                    (uint64_t)range_first(n_panels, i, loop.n_ranges) | (uint64_t)range_first(n_panels, i + 1, loop.n_ranges) << 32);
+    thread_pool_run(pool, loop.n_ranges, run_range, &loop);
 }
 
-void matmul_expect(thread_pool *pool, const weight *w, int64_t n_out)
+void matmul_expect(thread_pool *pool, const matmul_job *jobs, int n_jobs)
 {
-    if (!w) {
-        thread_pool_expect(pool, NULL, 0, 0);
-        return;
+    enum { FETCH = 128 << 10 }; /* more than a wait has time for, less than a second-level cache */
+    int64_t n_panels = 0;
+    int n_ranges = range_count(pool);
+    for (int i = 0; i < n_jobs; i++) n_panels += panel_count(jobs[i].w);
+    for (int t = 0; t < n_ranges; t++) {
+        int64_t first = range_first(n_panels, t, n_ranges);
+        const matmul_job *job = jobs;
+        for (; job < jobs + n_jobs && first >= panel_count(job->w); job++) first -= panel_count(job->w);
+        if (job == jobs + n_jobs) {
+            thread_pool_expect(pool, t, NULL, 0);
+            continue;
+        }
+        size_t at = (size_t)first * panel_bytes(job->w), n = job->w->n_bytes - at;
+        thread_pool_expect(pool, t, (const char *)job->w->data + at, n < FETCH ? n : FETCH);
     }
-    struct matmul_loop loop = {.n_panels = (n_out + PANEL_ROWS - 1) / PANEL_ROWS};
-    plan_tasks(&loop, most_panels(panel_bytes(w)), thread_pool_size(pool));
-    thread_pool_expect(pool, w->data, w->n_bytes, (size_t)loop.runs[0].size * panel_bytes(w));
 }

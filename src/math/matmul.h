@@ -57,8 +57,8 @@ typedef struct matmul_job {
 /* Runs several products over the same activations in one parallel loop (q, k and v; gate and up). n_rows small: bandwidth-bound; large: tiled. */
 void matmul_run(const matmul_kernels *kernels, thread_pool *pool, const activations *a, const matmul_job *jobs, int n_jobs);
 
-/* After the coming loop of the pool, a product or another, a matmul_run over few rows begins with w; n_out: of all its products. Threads that wait
- * for one another until then fetch what they will read first. NULL: nothing is known. */
-void matmul_expect(thread_pool *pool, const weight *w, int64_t n_out);
+/* After the coming loop of the pool, a product or another, these products will run: threads that wait for one another until then fetch what they
+ * will read first. Only the weights of the jobs matter; 0 jobs: nothing is known. */
+void matmul_expect(thread_pool *pool, const matmul_job *jobs, int n_jobs);
 
 #endif

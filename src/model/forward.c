@@ -176,12 +176,28 @@ static activations quantize(pass *p, const float *x, int64_t width)
     return a;
 }
 
-/* next: the first weights of the products after these, which have n_out outputs. */
-static void multiply(pass *p, const activations *a, const matmul_job *jobs, int n_jobs, const weight *next, int64_t n_out)
+/* Products that run in one loop. */
+typedef struct products {
+    matmul_job jobs[3];
+    int n;
+} products;
+
+static products layer_qkv(const pass *p, const model_layer *l)
 {
-    enum { FEW_ROWS = 4 }; /* more take long enough not to wait for memory */
-    matmul_expect(p->m->pool, p->n <= FEW_ROWS ? next : NULL, n_out);
-    matmul_run(p->m->kernels->matmul, p->m->pool, a, jobs, n_jobs);
+    return (products){{{&l->q, l->q_bias, p->q, false}, {&l->k, l->k_bias, p->k, false}, {&l->v, l->v_bias, p->v, false}}, 3};
+}
+
+static products output_products(const quarry_model *m, float *logits)
+{
+    return (products){{{m->tied ? &m->embedding : &m->output, NULL, logits, false}}, 1};
+}
+
+/* next: what follows in this pass or begins another. */
+static void multiply(pass *p, const activations *a, const products *now, const products *next)
+{
+    enum { FEW_ROWS = 4 }; /* more do not wait for memory */
+    matmul_expect(p->m->pool, next->jobs, p->n <= FEW_ROWS ? next->n : 0);
+    matmul_run(p->m->kernels->matmul, p->m->pool, a, now->jobs, now->n);
 }
 
 /* ---- the pass ---- */
@@ -191,29 +207,29 @@ static quarry_code run_layer(pass *p, attn_cost *cost, quarry_error *error)
     const model_layer *l = p->layer;
     const model_shape *s = &p->m->shape;
     bool last = p->layer_index + 1 == s->n_layer;
-    const weight *output = p->m->tied ? &p->m->embedding : &p->m->output;
+    products qkv = layer_qkv(p, l), o = {{{&l->o, NULL, p->x, true}}, 1}, down = {{{&l->down, NULL, p->x, true}}, 1};
+    products glu = {{{&l->gate, NULL, p->gate, false}, {&l->up, NULL, p->up, false}}, 2};
+    products after = last ? output_products(p->m, NULL) : layer_qkv(p, l + 1);
 
     p->norm = l->attn_norm;
     for_rows(p, norm_row);
     activations a = quantize(p, p->normed, s->n_embd);
-    multiply(p, &a, (matmul_job[]){{&l->q, l->q_bias, p->q, false}, {&l->k, l->k_bias, p->k, false}, {&l->v, l->v_bias, p->v, false}}, 3,
-             &l->o, s->n_embd);
+    multiply(p, &a, &qkv, &o);
     for_rows(p, rotate_row);
 
     attn_context c = {p->m->kernels, p->m->pool, p->s->threads, &p->s->shared};
     quarry_code code = attn_forward(&c, &p->attn, p->layer_index, p->attn_rows, p->n, p->q, p->attended, cost, error);
     if (code != QUARRY_OK) return code;
     a = quantize(p, p->attended, p->q_width);
-    multiply(p, &a, &(matmul_job){&l->o, NULL, p->x, true}, 1, &l->gate, 2 * s->n_ff);
+    multiply(p, &a, &o, &glu);
 
     p->norm = l->ffn_norm;
     for_rows(p, norm_row);
     a = quantize(p, p->normed, s->n_embd);
-    multiply(p, &a, (matmul_job[]){{&l->gate, NULL, p->gate, false}, {&l->up, NULL, p->up, false}}, 2, &l->down, s->n_embd);
+    multiply(p, &a, &glu, &down);
     for_rows(p, swiglu_row);
     a = quantize(p, p->gate, s->n_ff);
-    multiply(p, &a, &(matmul_job){&l->down, NULL, p->x, true}, 1, last ? output : &l[1].q,
-             last ? s->n_vocab : p->q_width + 2 * p->kv_width);
+    multiply(p, &a, &down, &after);
     return QUARRY_OK;
 }
 
@@ -239,8 +255,8 @@ static quarry_code run_output(pass *p, quarry_error *error)
     p->norm = m->output_norm;
     for_rows(p, norm_row);
     activations a = quantize(p, p->normed, width);
-    multiply(p, &a, &(matmul_job){m->tied ? &m->embedding : &m->output, NULL, logits, false}, 1, &m->layers[0].q,
-             p->q_width + 2 * p->kv_width);
+    products now = output_products(m, logits), first = layer_qkv(p, m->layers);
+    multiply(p, &a, &now, &first);
     for (int64_t i = 0; i < n && !adjacent; i++) memcpy(out[i], logits + i * n_vocab, (size_t)n_vocab * sizeof *logits);
     return QUARRY_OK;
 }
