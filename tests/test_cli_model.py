@@ -239,6 +239,46 @@ class CliModel(unittest.TestCase):
         self.assertTrue(out.endswith(b"\n"))
         self.assertEqual(err, b"quarry: interrupted\n")
 
+    def bench(self, *arguments):
+        run = quarry("bench", "-q", "-r", "2", "-o", "json", *arguments)
+        self.assertEqual(run.returncode, 0, run.stderr)
+        return json.loads(run.stdout)
+
+    def test_bench_measures_every_kind_of_test(self):
+        results = self.bench("-p", "16", "-n", "4", "-np", "1,2", "--read", "40", "--ttft", "3", "-d", "0,20", "--attn", "window,full")
+        found = [(r["attn"], r["test"], r["n_prompt"], r["n_gen"], r["n_depth"], r["n_parallel"]) for r in results]
+        deep = [("pp", 16, 0, 1), ("ttft", 3, 0, 1), ("tg", 0, 4, 1), ("tg", 0, 4, 2)]
+        expected = [(attn, "read", 40, 0, 0, 1) for attn in ("window", "full")]
+        expected += [(attn, name, p, n, depth, parallel) for depth in (0, 20) for name, p, n, parallel in deep for attn in ("window", "full")]
+        self.assertEqual(found, expected)
+        for r in results:
+            tokens = (r["n_prompt"] + r["n_gen"]) * r["n_parallel"]
+            self.assertEqual(len(r["samples_ns"]), 2)
+            for ns, ts in zip(r["samples_ns"], r["samples_ts"]):
+                self.assertAlmostEqual(tokens / (ns * 1e-9) / ts, 1, places=3)
+            self.assertAlmostEqual(r["avg_ts"] / (sum(r["samples_ts"]) / 2), 1, places=5)
+
+    def test_bench_reads_a_text_and_leaves_out_what_is_zero(self):
+        results = self.bench("-f", self.document, "-p", "0", "-n", "2", "-np", "2", "-d", "30")
+        self.assertEqual([(r["test"], r["n_gen"], r["n_parallel"], r["attn"]) for r in results], [("tg", 2, 2, "ivfpq")])
+        self.assertEqual(self.bench("-p", "0", "-n", "0"), [])
+
+    def test_bench_prints_tables(self):
+        arguments = ["bench", "-q", "-r", "1", "-p", "8", "-n", "2", "-np", "3", "-d", "9", "--attn", "full"]
+        rows = quarry(*arguments).stdout.splitlines()
+        self.assertEqual(len(rows), 4)
+        self.assertEqual({row.count("|") for row in rows}, {11})
+        self.assertIn("| tg2 x 3 @ d9 |", re.sub(" +", " ", rows[3]))
+        head, *rows = quarry(*arguments, "-o", "csv").stdout.splitlines()
+        self.assertEqual([row.count(",") for row in rows], [head.count(",")] * 2)
+
+    def test_bench_says_what_is_wrong_with_a_list(self):
+        for flag in ("--read", "--ttft", "-np", "-n"):
+            run = quarry("bench", flag, "12,x")
+            self.assertNotEqual(run.returncode, 0)
+            self.assertIn(f'{flag}: "12,x"', run.stderr)
+        self.assertIn("from 1 to", quarry("bench", "-np", "0").stderr)
+
 
 @unittest.skipUnless(REAL_MODEL, "QUARRY_TEST_MODEL is not set")
 class CliRealModel(unittest.TestCase):

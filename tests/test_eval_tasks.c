@@ -170,24 +170,88 @@ typedef struct speeds {
 static void keep_speed(const speed_result *result, void *data)
 {
     speeds *s = data;
+    double slowest = 0, fastest = 0;
     s->results[s->n++] = *result;
-    assert_true(result->mean > 0 && result->sd >= 0 && isfinite(result->mean));
-    for (int i = 0; i < result->n_samples; i++) assert_true(result->samples[i] > 0);
+    for (int i = 0; i < result->n_samples; i++) {
+        const double rate = speed_rate(&result->test, result->seconds[i]);
+        assert_true(result->seconds[i] > 0 && rate > 0 && isfinite(rate));
+        slowest = i == 0 || rate < slowest ? rate : slowest;
+        fastest = rate > fastest ? rate : fastest;
+    }
+    assert_true(result->seconds_mean > 0 && result->seconds_sd >= 0 && result->rate_sd >= 0);
+    assert_true(result->rate_mean >= slowest * (1 - 1e-9) && result->rate_mean <= fastest * (1 + 1e-9));
 }
 
 static void speed_reports_every_test_of_every_policy(void **state)
 {
     const fixture *f = *state;
     const char *attn[] = {"full", "window"};
-    const int64_t prompts[] = {16, 0}, gens[] = {2};
-    const speed_params params = {
-        .attn = attn, .n_attn = 2, .n_prompt = prompts, .n_gen = gens, .n_prompts = 2, .n_gens = 1, .depth = 100, .repetitions = 2};
+    const speed_test tests[] = {{SPEED_READ, 120, 1}, {SPEED_PROMPT, 16, 1}, {SPEED_ASK, 5, 1}, {SPEED_GEN, 2, 3}};
+    const speed_params params = {.attn = attn, .n_attn = 2, .tests = tests, .n_tests = 4, .depth = 100, .repetitions = 2};
     speeds s = {0};
     quarry_error error = {0};
     if (speed_measure(f->model, &params, NULL, keep_speed, &s, &error) != QUARRY_OK) fail_msg("%s", error.message);
-    assert_int_equal(s.n, 4);
-    assert_true(s.results[0].n_prompt == 16 && s.results[0].n_gen == 0 && s.results[0].n_depth == 100 && s.results[0].n_samples == 2);
-    assert_true(s.results[3].n_prompt == 0 && s.results[3].n_gen == 2 && strcmp(s.results[3].attn, "window") == 0);
+    assert_int_equal(s.n, 8);
+    for (int i = 0; i < s.n; i++) {
+        assert_memory_equal(&s.results[i].test, &tests[i / 2], sizeof *tests);
+        assert_string_equal(s.results[i].attn, attn[i % 2]);
+        assert_int_equal(s.results[i].n_samples, 2);
+        assert_int_equal(s.results[i].n_depth, tests[i / 2].kind == SPEED_READ ? 0 : 100);
+    }
+}
+
+static void speed_counts_the_tokens_of_all_sequences(void **state)
+{
+    (void)state;
+    assert_true(fabs(speed_rate(&(speed_test){SPEED_GEN, 32, 8}, 2) - 128) < 1e-9);
+    assert_true(fabs(speed_rate(&(speed_test){SPEED_READ, 7700, 1}, 5) - 1540) < 1e-9);
+}
+
+typedef struct fill {
+    int64_t total, calls;
+} fill;
+
+static bool note_fill(int64_t done, int64_t total, void *data)
+{
+    fill *f = data;
+    assert_true(done <= total);
+    f->total = total;
+    f->calls++;
+    return true;
+}
+
+static int64_t tokens_to_fill(const fixture *f, const speed_test *tests, int n_tests)
+{
+    const char *attn[] = {"window"};
+    const speed_params params = {.attn = attn, .n_attn = 1, .tests = tests, .n_tests = n_tests, .depth = 40, .repetitions = 1};
+    fill filled = {0};
+    const quarry_watch watch = {note_fill, &filled};
+    speeds s = {0};
+    quarry_error error = {0};
+    if (speed_measure(f->model, &params, &watch, keep_speed, &s, &error) != QUARRY_OK) fail_msg("%s", error.message);
+    assert_true(filled.calls > 0);
+    return filled.total;
+}
+
+static void the_depth_is_filled_once_for_each_sequence(void **state)
+{
+    const speed_test alone[] = {{SPEED_PROMPT, 8, 1}, {SPEED_GEN, 2, 1}, {SPEED_GEN, 1, 1}},
+                     batch[] = {{SPEED_GEN, 2, 1}, {SPEED_GEN, 2, 3}}, nothing[] = {{SPEED_READ, 8, 1}};
+    assert_int_equal(tokens_to_fill(*state, alone, 3), 40);
+    assert_int_equal(tokens_to_fill(*state, batch, 2), 120);
+    assert_int_equal(tokens_to_fill(*state, nothing, 1), 0);
+}
+
+static void only_decoding_takes_several_sequences(void **state)
+{
+    const fixture *f = *state;
+    const char *attn[] = {"full"};
+    const speed_test wrong[] = {{SPEED_PROMPT, 8, 2}, {SPEED_GEN, 0, 1}, {SPEED_GEN, 1, 0}};
+    for (int i = 0; i < 3; i++) {
+        const speed_params params = {.attn = attn, .n_attn = 1, .tests = wrong + i, .n_tests = 1, .repetitions = 1};
+        quarry_error error = {0};
+        assert_int_equal(speed_measure(f->model, &params, NULL, keep_speed, NULL, &error), QUARRY_ERROR_ARGUMENT);
+    }
 }
 
 int main(void)
@@ -202,6 +266,9 @@ int main(void)
         cmocka_unit_test(needles_need_room),
         cmocka_unit_test(lack_of_memory_is_an_error_anywhere),
         cmocka_unit_test(speed_reports_every_test_of_every_policy),
+        cmocka_unit_test(speed_counts_the_tokens_of_all_sequences),
+        cmocka_unit_test(the_depth_is_filled_once_for_each_sequence),
+        cmocka_unit_test(only_decoding_takes_several_sequences),
     };
     return cmocka_run_group_tests(tests, open_model, close_model);
 }

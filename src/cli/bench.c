@@ -7,7 +7,7 @@
 
 typedef struct bench_settings {
     cli_list models, attn;
-    const char *file, *prompts, *gens, *depths, *threads, *batches, *format;
+    const char *file, *prompts, *gens, *parallels, *reads, *questions, *depths, *threads, *batches, *format;
     int64_t repetitions;
     bool no_mmap, quiet;
 } bench_settings;
@@ -15,8 +15,13 @@ typedef struct bench_settings {
 static const cli_option bench_table[] = {
     {"-m, --model", "FILE", CLI_LIST, offsetof(bench_settings, models), NULL,
      "model in GGUF format; may be repeated; without it the environment variable QUARRY_MODEL names the file", 0, 0},
-    {"-p, --n-prompt", "N,...", CLI_TEXT, offsetof(bench_settings, prompts), "512", "tokens to read; 0: no such test", 0, 0},
+    {"-p, --n-prompt", "N,...", CLI_TEXT, offsetof(bench_settings, prompts), "512", "tokens to read after the depth; 0: no such test", 0,
+     0},
     {"-n, --n-gen", "N,...", CLI_TEXT, offsetof(bench_settings, gens), "64", "tokens to decode; 0: no such test", 0, 0},
+    {"-np, --parallel", "N,...", CLI_TEXT, offsetof(bench_settings, parallels), "1", "sequences that -n decodes together", 0, 0},
+    {"--read", "N,...", CLI_TEXT, offsetof(bench_settings, reads), "0", "tokens of a document to read from nothing; 0: no such test", 0, 0},
+    {"--ttft", "N,...", CLI_TEXT, offsetof(bench_settings, questions), "0",
+     "tokens of a question after the depth, timed until the first token of its answer; 0: no such test", 0, 0},
     {"-d, --n-depth", "N,...", CLI_TEXT, offsetof(bench_settings, depths), "0", "tokens in the cache before", 0, 0},
     {"-t, --threads", "N,...", CLI_TEXT, offsetof(bench_settings, threads), "0", "threads; 0: one per core", 0, 0},
     {"-b, --batch-size", "N,...", CLI_TEXT, offsetof(bench_settings, batches), "512", "tokens per forward pass while reading", 0, 0},
@@ -40,8 +45,10 @@ typedef struct numbers {
 typedef struct bench_run {
     const bench_settings *settings;
     bench_format format;
-    numbers prompts, gens, depths, threads, batches;
+    numbers prompts, gens, parallels, reads, questions, depths, threads, batches;
     policy_list policies;
+    speed_test *tests; /* of one depth */
+    int n_tests;
     quarry_model_info info;
     int64_t n_batch;
     bool header_printed;
@@ -61,27 +68,36 @@ static void print_dashes(int width, bool right)
 /* A Markdown table; rows are printed as they come, so the widths are those of the model and the policies, known before. */
 static void header_md(int model_width, int attn_width)
 {
-    const int widths[] = {model_width, 10, 10, 10, 7, 6, attn_width, 16, 17};
-    cli_print("| %-*s | %10s | %10s | %-10s | %7s | %6s | %-*s | %16s | %17s |\n", model_width, "model", "size", "params", "isa", "threads",
-              "batch", attn_width, "attn", "test", "t/s");
-    for (int i = 0; i < 9; i++) print_dashes(widths[i], i != 0 && i != 3 && i != 6);
+    const int widths[] = {model_width, 10, 10, 10, 7, 6, attn_width, 17, 9, 17};
+    cli_print("| %-*s | %10s | %10s | %-10s | %7s | %6s | %-*s | %17s | %9s | %17s |\n", model_width, "model", "size", "params", "isa",
+              "threads", "batch", attn_width, "attn", "test", "time", "t/s");
+    for (int i = 0; i < 10; i++) print_dashes(widths[i], i != 0 && i != 3 && i != 6);
     cli_print("|\n");
+}
+
+/* "tg64 x 8 @ d4096" */
+static const char *test_name(const speed_result *s, char buffer[96])
+{
+    int n = snprintf(buffer, 96, "%s%lld", speed_kind_names[s->test.kind], (long long)s->test.n);
+    if (s->test.n_parallel > 1) n += snprintf(buffer + n, (size_t)(96 - n), " x %d", s->test.n_parallel);
+    if (s->n_depth) snprintf(buffer + n, (size_t)(96 - n), " @ d%lld", (long long)s->n_depth);
+    return buffer;
 }
 
 static void result_md(bench_run *r, const speed_result *s)
 {
-    char test[64], model[96], size[32];
-    const int n = snprintf(test, sizeof test, "%s%lld", s->n_prompt ? "pp" : "tg", (long long)(s->n_prompt ? s->n_prompt : s->n_gen));
-    if (s->n_depth) snprintf(test + n, sizeof test - (size_t)n, " @ d%lld", (long long)s->n_depth);
+    char test[96], model[96], size[32], took[32];
+    const bool ms = s->seconds_mean < 1;
+    snprintf(took, sizeof took, ms ? "%.1f ms" : "%.2f s", ms ? 1000 * s->seconds_mean : s->seconds_mean);
     const int model_width = snprintf(model, sizeof model, "%s %s", r->info.name, r->info.quantization);
     int attn_width = 6;
     for (int i = 0; i < r->policies.n; i++)
         if ((int)strlen(r->policies.specs[i]) > attn_width) attn_width = (int)strlen(r->policies.specs[i]);
     if (!r->header_printed) header_md(model_width, attn_width);
     r->header_printed = true;
-    cli_print("| %-*s | %10s | %8.2f M | %-10s | %7d | %6lld | %-*s | %16s | %8.2f ± %6.2f |\n", model_width, model,
+    cli_print("| %-*s | %10s | %8.2f M | %-10s | %7d | %6lld | %-*s | %17s | %9s | %8.2f ± %6.2f |\n", model_width, model,
               cli_bytes((double)r->info.weight_bytes, size), (double)r->info.n_params / 1e6, r->info.kernels, r->info.n_threads,
-              (long long)r->n_batch, attn_width, s->attn, test, s->mean, s->sd);
+              (long long)r->n_batch, attn_width, s->attn, test_name(s, test), took, s->rate_mean, s->rate_sd);
 }
 
 /* A text in quotes, its own quotes doubled. */
@@ -95,27 +111,50 @@ static void print_quoted(const char *text)
     cli_print("\"");
 }
 
+/* The counts under llama-bench's names. */
+static int64_t count_prompt(const speed_test *t)
+{
+    return t->kind == SPEED_GEN ? 0 : t->n;
+}
+
+static int64_t count_gen(const speed_test *t)
+{
+    return t->kind == SPEED_GEN ? t->n : 0;
+}
+
 static void result_csv(bench_run *r, const speed_result *s)
 {
-    if (!r->header_printed) cli_print("model,quantization,isa,attn,n_threads,n_batch,n_prompt,n_gen,n_depth,avg_ts,stddev_ts\n");
+    if (!r->header_printed)
+        cli_print(
+            "model,quantization,isa,attn,n_threads,n_batch,test,n_prompt,n_gen,n_depth,n_parallel,avg_ns,stddev_ns,avg_ts,stddev_ts\n");
     r->header_printed = true;
     print_quoted(r->info.name);
     cli_print(",%s,%s,", r->info.quantization, r->info.kernels);
     print_quoted(s->attn);
-    cli_print(",%d,%lld,%lld,%lld,%lld,%.6f,%.6f\n", r->info.n_threads, (long long)r->n_batch, (long long)s->n_prompt, (long long)s->n_gen,
-              (long long)s->n_depth, s->mean, s->sd);
+    cli_print(",%d,%lld,%s,%lld,%lld,%lld,%d,%.0f,%.0f,%.6f,%.6f\n", r->info.n_threads, (long long)r->n_batch,
+              speed_kind_names[s->test.kind], (long long)count_prompt(&s->test), (long long)count_gen(&s->test), (long long)s->n_depth,
+              s->test.n_parallel, 1e9 * s->seconds_mean, 1e9 * s->seconds_sd, s->rate_mean, s->rate_sd);
 }
 
 static void result_json(bench_run *r, const speed_result *s)
 {
-    json_t *samples = json_array();
-    for (int i = 0; i < s->n_samples; i++) json_array_append_new(samples, json_real(s->samples[i]));
-    json_array_append_new(r->list, json_pack("{s:s, s:s, s:s, s:I, s:I, s:s, s:i, s:I, s:I, s:I, s:I, s:f, s:f, s:o}", "model",
-                                             r->info.name, "quantization", r->info.quantization, "isa", r->info.kernels, "model_size",
-                                             (json_int_t)r->info.weight_bytes, "model_n_params", (json_int_t)r->info.n_params, "attn",
-                                             s->attn, "n_threads", r->info.n_threads, "n_batch", (json_int_t)r->n_batch, "n_prompt",
-                                             (json_int_t)s->n_prompt, "n_gen", (json_int_t)s->n_gen, "n_depth", (json_int_t)s->n_depth,
-                                             "avg_ts", s->mean, "stddev_ts", s->sd, "samples_ts", samples));
+    json_t *samples_ns = json_array(), *samples_ts = json_array();
+    for (int i = 0; i < s->n_samples; i++) {
+        json_array_append_new(samples_ns, json_integer((json_int_t)(1e9 * s->seconds[i])));
+        json_array_append_new(samples_ts, json_real(speed_rate(&s->test, s->seconds[i])));
+    }
+    json_t *object =
+        json_pack("{s:s, s:s, s:s, s:I, s:I, s:s, s:i, s:I}", "model", r->info.name, "quantization", r->info.quantization, "isa",
+                  r->info.kernels, "model_size", (json_int_t)r->info.weight_bytes, "model_n_params", (json_int_t)r->info.n_params, "attn",
+                  s->attn, "n_threads", r->info.n_threads, "n_batch", (json_int_t)r->n_batch);
+    json_t *measured = json_pack("{s:s, s:I, s:I, s:I, s:i, s:I, s:I, s:f, s:f, s:o, s:o}", "test", speed_kind_names[s->test.kind],
+                                 "n_prompt", (json_int_t)count_prompt(&s->test), "n_gen", (json_int_t)count_gen(&s->test), "n_depth",
+                                 (json_int_t)s->n_depth, "n_parallel", s->test.n_parallel, "avg_ns", (json_int_t)(1e9 * s->seconds_mean),
+                                 "stddev_ns", (json_int_t)(1e9 * s->seconds_sd), "avg_ts", s->rate_mean, "stddev_ts", s->rate_sd,
+                                 "samples_ns", samples_ns, "samples_ts", samples_ts);
+    json_object_update(object, measured);
+    json_decref(measured);
+    json_array_append_new(r->list, object);
 }
 
 static void on_result(const speed_result *s, void *data)
@@ -143,6 +182,9 @@ static int bench_parse(bench_run *r)
         numbers *out;
     } lists[] = {{s->prompts, "-p", 0, 1000000000, &r->prompts},
                  {s->gens, "-n", 0, 1000000000, &r->gens},
+                 {s->parallels, "-np", 1, 1024, &r->parallels},
+                 {s->reads, "--read", 0, 1000000000, &r->reads},
+                 {s->questions, "--ttft", 0, 1000000000, &r->questions},
                  {s->depths, "-d", 0, 1000000000, &r->depths},
                  {s->threads, "-t", 0, 1024, &r->threads},
                  {s->batches, "-b", 1, 65536, &r->batches}};
@@ -158,6 +200,31 @@ static int bench_parse(bench_run *r)
     while (r->format < BENCH_UNKNOWN && strcmp(s->format, formats[r->format]) != 0) r->format++;
     if (r->format == BENCH_UNKNOWN) return cli_fail_usage(&command_bench, "-o: '%s' should be md, json or csv", s->format);
     return CLI_OK;
+}
+
+static int tests_add(bench_run *r, speed_kind kind, const numbers *n, const numbers *parallels)
+{
+    quarry_error error;
+    for (int64_t i = 0; i < n->n * parallels->n; i++) {
+        const speed_test test = {kind, n->values[i / parallels->n], (int)parallels->values[i % parallels->n]};
+        if (test.n == 0) continue;
+        if (memory_grow(&r->tests, (size_t)r->n_tests + 1, sizeof *r->tests, "tests", &error) != QUARRY_OK) return cli_fail_error(&error);
+        r->tests[r->n_tests++] = test;
+    }
+    return CLI_OK;
+}
+
+/* What is measured at one depth. Reading from nothing knows none, so the first has it. */
+static int tests_make(bench_run *r, bool first_depth)
+{
+    int64_t one = 1;
+    const numbers alone = {&one, 1};
+    int code;
+    r->n_tests = 0;
+    if (first_depth && (code = tests_add(r, SPEED_READ, &r->reads, &alone))) return code;
+    if ((code = tests_add(r, SPEED_PROMPT, &r->prompts, &alone))) return code;
+    if ((code = tests_add(r, SPEED_ASK, &r->questions, &alone))) return code;
+    return tests_add(r, SPEED_GEN, &r->gens, &r->parallels);
 }
 
 /* All depths and batch sizes on one opened model. */
@@ -179,12 +246,11 @@ static int bench_model(bench_run *r, quarry_model *model)
     }
     for (int64_t i = 0; i < r->batches.n * r->depths.n && !code; i++) {
         r->n_batch = r->batches.values[i / r->depths.n];
+        if ((code = tests_make(r, i % r->depths.n == 0))) break;
         const speed_params params = {.attn = (const char *const *)r->policies.specs,
                                      .n_attn = r->policies.n,
-                                     .n_prompt = r->prompts.values,
-                                     .n_prompts = (int)r->prompts.n,
-                                     .n_gen = r->gens.values,
-                                     .n_gens = (int)r->gens.n,
+                                     .tests = r->tests,
+                                     .n_tests = r->n_tests,
                                      .depth = r->depths.values[i % r->depths.n],
                                      .repetitions = (int)r->settings->repetitions,
                                      .n_batch = (int)r->n_batch,
@@ -232,6 +298,10 @@ static int bench_main(const void *settings, const cli_list *arguments)
         json_decref(r.list);
     memory_free(r.prompts.values);
     memory_free(r.gens.values);
+    memory_free(r.parallels.values);
+    memory_free(r.reads.values);
+    memory_free(r.questions.values);
+    memory_free(r.tests);
     memory_free(r.depths.values);
     memory_free(r.threads.values);
     memory_free(r.batches.values);
@@ -243,10 +313,19 @@ const cli_command command_bench = {
     "bench",
     "[options]",
     "measure speed",
-    "Tests as llama-bench names them: ppN reads N tokens at once, tgN decodes N tokens one by one, @ dN with N tokens in the cache, which "
-    "are "
-    "read once for all policies and repetitions. Not timed: tokenising, sampling, filling the cache, and a first run of each test. Every "
-    "list takes several values: -d 0,4096,7600. A depth past the length the model was trained for is allowed.",
+    "Tests as llama-bench names them: ppN reads N tokens at once, tgN decodes N tokens one by one, tgN x S does so in each of S sequences "
+    "in one "
+    "pass per step (t/s is the sum over them), @ dN with N tokens in the cache before. And two more: readN reads a document of N tokens "
+    "from "
+    "nothing, ttftN feeds a question of N tokens about what is in the cache and takes the likeliest next token: its time is the time to "
+    "first "
+    "token.\n\n"
+    "The index is part of it: pp and read end with all keys indexed and the index sealed.\n\n"
+    "A depth is filled once for all tests, policies and repetitions; the sequences of -np each read other tokens, so that they share no "
+    "memory. Not timed: tokenising, sampling (but for the one token of ttft), filling the cache, and a first run of each test. Every list "
+    "takes "
+    "several values: -d 0,4096,7600. A depth past the length the model was trained for is allowed. The time of a test is that of one "
+    "repetition; in JSON it is avg_ns and samples_ns, in nanoseconds.",
     bench_groups,
     sizeof(bench_settings),
     bench_main,

@@ -154,14 +154,30 @@ typedef void (*needle_answer_fn)(const needle_answer *answer, void *data);
 quarry_code needle_measure(quarry_model *model, const needle_params *params, const quarry_watch *watch, needle_answer_fn on_answer,
                            void *data, needle_result *results, quarry_error *error);
 
-/* ---- speed.c: tokens per second ---- */
+/* ---- speed.c: tokens per second, and seconds ---- */
+
+typedef enum speed_kind {
+    SPEED_PROMPT, /* read n tokens at once, after the depth; the index is sealed in it */
+    SPEED_GEN,    /* decode n tokens one by one, in each of n_parallel sequences */
+    SPEED_READ,   /* read a document of n tokens from nothing, index sealed */
+    SPEED_ASK,    /* after the depth feed a question of n tokens and take the likeliest next one: time to first token */
+    SPEED_KINDS
+} speed_kind;
+
+extern const char *const speed_kind_names[SPEED_KINDS]; /* "pp", "tg", "read", "ttft" */
+
+typedef struct speed_test {
+    speed_kind kind;
+    int64_t n;      /* tokens, of each sequence */
+    int n_parallel; /* sequences decoded together; 1 for all kinds but SPEED_GEN */
+} speed_test;
 
 typedef struct speed_params {
     const char *const *attn; /* [n_attn] */
     int n_attn;
-    const int64_t *n_prompt, *n_gen; /* [n_prompts], [n_gens]: tokens read, tokens decoded; 0: no such test */
-    int n_prompts, n_gens;
-    int64_t depth; /* tokens in the cache before, filled once for all tests */
+    const speed_test *tests; /* [n_tests] */
+    int n_tests;
+    int64_t depth; /* tokens in the cache before; filled once for all tests and policies, with other tokens in each sequence */
     int repetitions;
     int n_batch;
     const int32_t *tokens; /* [n_tokens] to read, from the start again when they run out; NULL: pseudo-random ones */
@@ -170,15 +186,21 @@ typedef struct speed_params {
 
 typedef struct speed_result {
     const char *attn;
-    int64_t n_prompt, n_gen, n_depth; /* one of the first two is 0 */
-    const double *samples;            /* [n_samples] tokens per second */
+    speed_test test;
+    int64_t n_depth;       /* 0 for SPEED_READ */
+    const double *seconds; /* [n_samples] that one run of the test took */
     int n_samples;
-    double mean, sd;
+    double seconds_mean, seconds_sd;
+    double rate_mean, rate_sd; /* tokens per second: n * n_parallel over the seconds */
 } speed_result;
 typedef void (*speed_result_fn)(const speed_result *result, void *data);
 
-/* Calls on_result for every test and policy. Not timed: tokenising, sampling, filling the depth, and a first run of each. Policies take turns in
- * each repetition, so that a slow moment of the machine meets all. A depth past the length the model was trained for is allowed. */
+/* Tokens per second of one run. */
+double speed_rate(const speed_test *test, double seconds);
+
+/* Calls on_result for every test and policy. Not timed: tokenising, sampling (but for the one token of SPEED_ASK), filling the depth, opening
+ * sessions, and a first run of each. Policies take turns in each repetition, so that a slow moment of the machine meets all. A depth past the
+ * length the model was trained for is allowed. */
 quarry_code speed_measure(quarry_model *model, const speed_params *params, const quarry_watch *watch, speed_result_fn on_result, void *data,
                           quarry_error *error);
 
