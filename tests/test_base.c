@@ -51,6 +51,21 @@ static void injected_failure_hits_the_nth_allocation(void **state)
     memory_free(first);
 }
 
+static void reserved_arena_memory_lies_together(void **state)
+{
+    (void)state;
+    arena a = {0};
+    assert_int_equal(arena_reserve(&a, 3 * ((size_t)1 << 20), NULL), QUARRY_OK);
+    size_t held = a.n_bytes;
+    char *first = arena_alloc(&a, 1 << 20, 1, NULL), *last = NULL;
+    for (int i = 0; i < 2; i++) last = arena_alloc(&a, 1 << 20, 1, NULL);
+    assert_ptr_equal(last, first + (2 << 20));
+    assert_int_equal(a.n_bytes, held);
+    assert_int_equal(arena_reserve(&a, SIZE_MAX - 256, NULL), QUARRY_ERROR_MEMORY);
+    memset(first, 1, 3 << 20);
+    arena_free(&a);
+}
+
 static void arena_blocks_are_aligned_and_do_not_overlap(void **state)
 {
     (void)state;
@@ -186,10 +201,15 @@ static void forced_instruction_set_is_checked(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(error_message_is_cut_not_overrun),         cmocka_unit_test(overflowing_sizes_are_out_of_memory),
-        cmocka_unit_test(injected_failure_hits_the_nth_allocation), cmocka_unit_test(arena_blocks_are_aligned_and_do_not_overlap),
-        cmocka_unit_test(random_numbers_follow_the_reference),      cmocka_unit_test(every_task_runs_once),
-        cmocka_unit_test(callers_on_several_threads_take_turns),    cmocka_unit_test(wrong_number_of_threads_is_an_error),
+        cmocka_unit_test(error_message_is_cut_not_overrun),
+        cmocka_unit_test(overflowing_sizes_are_out_of_memory),
+        cmocka_unit_test(injected_failure_hits_the_nth_allocation),
+        cmocka_unit_test(reserved_arena_memory_lies_together),
+        cmocka_unit_test(arena_blocks_are_aligned_and_do_not_overlap),
+        cmocka_unit_test(random_numbers_follow_the_reference),
+        cmocka_unit_test(every_task_runs_once),
+        cmocka_unit_test(callers_on_several_threads_take_turns),
+        cmocka_unit_test(wrong_number_of_threads_is_an_error),
         cmocka_unit_test(forced_instruction_set_is_checked),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

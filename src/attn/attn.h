@@ -69,7 +69,7 @@ typedef struct attn_policy_type {
     quarry_code (*select)(const attn_policy *p, int layer, int head, const float *q, int64_t pos, const attention_state *near,
                           arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error);
     /* (parallel, const) Adds an estimate of the far tokens not selected to state[group]; called after the selected rows were added. scores[group][n]: their scaled scores; rows[n]. May be NULL: dropped. Uses
-     * what select left in the same scratch. */
+     * what select left behind the ids, maybe in another thread's scratch. */
     void (*tail)(const attn_policy *p, int layer, int head, const float *q, const attn_selection *sel, const float *scores,
                  const void *const *rows, arena *scratch, attention_state *state, attn_cost *cost);
     /* Forget positions >= n (n may lie inside a sealed segment: only live tokens are selected and estimated). */

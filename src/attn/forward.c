@@ -2,10 +2,12 @@
  *
  *   tile    a block of consecutive dense rows of one timeline x one KV head, over all keys in tiles (prefill)
  *   split   one row x one KV head x SPLIT keys, everything read (decode with `full`); partial states are merged in order
- *   search  one row x one KV head: select, gather, tail (decode with a policy)
+ *   search  one row x one KV head: find (local rows, select), then attend (gathered rows, tail) (decode with a policy)
  *
- * How the work is cut depends on the rows alone, never on the number of threads, so neither does the result. */
+ * How the work is cut depends on the rows alone, never on the number of threads, so neither does the result. Whether find and attend are
+ * two tasks does, for the few heads of one decoded token would leave threads idle; the second waits for the first. */
 #include <math.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <string.h>
 
@@ -17,12 +19,23 @@ enum {
     TILE_FROM = 4,      /* shortest run of dense rows that is tiled */
 };
 
+/* What find leaves for attend; what it points to is in the scratch of the thread that ran find. */
+typedef struct attn_found {
+    const float *q; /* [group][d], scaled */
+    attention_state state;
+    attn_selection selected;
+    attn_cost cost;
+    int64_t sinks, far_end, n_near;
+    atomic_int done; /* 1: found, -1: failed */
+} attn_found;
+
 typedef struct attn_task {
-    enum { TASK_TILE, TASK_SPLIT, TASK_SEARCH } kind;
+    enum { TASK_TILE, TASK_SPLIT, TASK_SEARCH, TASK_FIND, TASK_ATTEND } kind;
     int head;
     int64_t row, n_rows;  /* rows of the batch */
     int64_t first, end;   /* split: keys */
     attention_state part; /* split: state of this part, in shared scratch */
+    attn_found *found;    /* find and attend: in shared scratch */
 } attn_task;
 
 typedef struct attn_pass {
@@ -150,39 +163,70 @@ static quarry_code run_split(attn_pass *p, attn_task *t, arena *scratch, quarry_
     return run_range(p, &p->rows[t->row], t->head, q, t->first, t->end, scratch, &t->part, error);
 }
 
-static quarry_code run_search(attn_pass *p, const attn_task *t, arena *scratch, quarry_error *error)
+static quarry_code find(attn_pass *p, const attn_task *t, arena *scratch, attn_found *f, quarry_error *error)
 {
     const attn_row *row = &p->rows[t->row];
     attn_policy *policy = row->policy;
-    int g = p->group, d = p->d;
-    attn_selection selected = {0};
-    attn_cost cost = {0};
-    attention_state state;
-    const float *raw = query_of(p, t->row, t->head), *q = scaled_query(p, t->row, t->head, scratch, error);
-    if (!q || !state_alloc(&state, g, d, scratch, error)) return QUARRY_ERROR_MEMORY;
-    int64_t far_end = policy->n_far < row->pos + 1 ? policy->n_far : row->pos + 1, sinks = far_end < ATTN_SINKS ? far_end : ATTN_SINKS;
-    int64_t n_near = sinks + row->pos + 1 - far_end;
-    const void **near = arena_alloc(scratch, (size_t)n_near, sizeof *near, error);
+    f->q = scaled_query(p, t->row, t->head, scratch, error);
+    if (!f->q || !state_alloc(&f->state, p->group, p->d, scratch, error)) return QUARRY_ERROR_MEMORY;
+    f->far_end = policy->n_far < row->pos + 1 ? policy->n_far : row->pos + 1;
+    f->sinks = f->far_end < ATTN_SINKS ? f->far_end : ATTN_SINKS;
+    f->n_near = f->sinks + row->pos + 1 - f->far_end;
+    const void **near = arena_alloc(scratch, (size_t)f->n_near, sizeof *near, error);
     if (!near) return QUARRY_ERROR_MEMORY;
-    list_range(p, row, t->head, far_end, row->pos + 1, near, list_range(p, row, t->head, 0, sinks, near, 0));
-    p->c->kernels->attention->rows(q, g, d, p->shape->kv.type, near, n_near, NULL, &state);
-    quarry_code code = policy->type->select(policy, p->layer, t->head, raw, row->pos, &state, scratch, &selected, &cost, error);
-    if (code != QUARRY_OK) return code;
-    if (selected.all) {
-        if ((code = run_range(p, row, t->head, q, sinks, far_end, scratch, &state, error)) != QUARRY_OK) return code;
-        cost.rows = row->pos + 1;
+    list_range(p, row, t->head, f->far_end, row->pos + 1, near, list_range(p, row, t->head, 0, f->sinks, near, 0));
+    p->c->kernels->attention->rows(f->q, p->group, p->d, p->shape->kv.type, near, f->n_near, NULL, &f->state);
+    return policy->type->select(policy, p->layer, t->head, query_of(p, t->row, t->head), row->pos, &f->state, scratch, &f->selected,
+                                &f->cost, error);
+}
+
+static quarry_code attend(attn_pass *p, const attn_task *t, arena *scratch, attn_found *f, quarry_error *error)
+{
+    const attn_row *row = &p->rows[t->row];
+    attn_policy *policy = row->policy;
+    const attn_selection *selected = &f->selected;
+    if (selected->all) {
+        quarry_code code = run_range(p, row, t->head, f->q, f->sinks, f->far_end, scratch, &f->state, error);
+        if (code != QUARRY_OK) return code;
+        f->cost.rows = row->pos + 1;
     } else {
-        const void **far = arena_alloc(scratch, (size_t)selected.n, sizeof *far, error);
-        float *scores = arena_alloc(scratch, (size_t)(selected.n * g), sizeof *scores, error);
+        const void **far = arena_alloc(scratch, (size_t)selected->n, sizeof *far, error);
+        float *scores = arena_alloc(scratch, (size_t)(selected->n * p->group), sizeof *scores, error);
         if (!far || !scores) return QUARRY_ERROR_MEMORY;
-        for (int64_t i = 0; i < selected.n; i++) far[i] = kv_row(row->kv, p->layer, t->head, selected.ids[i]);
-        p->c->kernels->attention->rows(q, g, d, p->shape->kv.type, far, selected.n, scores, &state);
-        if (policy->type->tail) policy->type->tail(policy, p->layer, t->head, raw, &selected, scores, far, scratch, &state, &cost);
-        cost.rows = n_near + selected.n;
+        for (int64_t i = 0; i < selected->n; i++) far[i] = kv_row(row->kv, p->layer, t->head, selected->ids[i]);
+        p->c->kernels->attention->rows(f->q, p->group, p->d, p->shape->kv.type, far, selected->n, scores, &f->state);
+        if (policy->type->tail)
+            policy->type->tail(policy, p->layer, t->head, query_of(p, t->row, t->head), selected, scores, far, scratch, &f->state,
+                               &f->cost);
+        f->cost.rows = f->n_near + selected->n;
     }
-    write_out(&state, g, d, out_of(p, t->row, t->head));
-    add_cost(p, t->row, t->head, cost.rows, cost.index_bytes);
+    write_out(&f->state, p->group, p->d, out_of(p, t->row, t->head));
+    add_cost(p, t->row, t->head, f->cost.rows, f->cost.index_bytes);
     return QUARRY_OK;
+}
+
+static quarry_code run_search(attn_pass *p, const attn_task *t, arena *scratch, quarry_error *error)
+{
+    attn_found f = {0};
+    quarry_code code = find(p, t, scratch, &f, error);
+    return code == QUARRY_OK ? attend(p, t, scratch, &f, error) : code;
+}
+
+static quarry_code run_find(attn_pass *p, const attn_task *t, arena *scratch, quarry_error *error)
+{
+    quarry_code code = find(p, t, scratch, t->found, error);
+    atomic_store_explicit(&t->found->done, code == QUARRY_OK ? 1 : -1, memory_order_release);
+    return code;
+}
+
+/* Tasks are claimed in order, so the find task is running or done. */
+static quarry_code run_attend(attn_pass *p, const attn_task *t, arena *scratch, quarry_error *error)
+{
+    enum { SPINS_BEFORE_YIELD = 20000 };
+    int done;
+    for (int i = 0; (done = atomic_load_explicit(&t->found->done, memory_order_acquire)) == 0; i++)
+        if (i >= SPINS_BEFORE_YIELD) sched_yield();
+    return done > 0 ? attend(p, t, scratch, t->found, error) : QUARRY_OK; /* find has reported */
 }
 
 static void run_task(void *context, int64_t index, int thread)
@@ -192,13 +236,14 @@ static void run_task(void *context, int64_t index, int thread)
     arena *scratch = &p->c->scratch[thread];
     quarry_error error = {0};
     quarry_code code;
-    arena_reset(scratch);
-    if (t->kind == TASK_TILE)
-        code = run_tile(p, t, scratch, &error);
-    else if (t->kind == TASK_SPLIT)
-        code = run_split(p, t, scratch, &error);
-    else
-        code = run_search(p, t, scratch, &error);
+    if (t->kind != TASK_FIND && t->kind != TASK_ATTEND) arena_reset(scratch);
+    switch (t->kind) {
+    case TASK_TILE: code = run_tile(p, t, scratch, &error); break;
+    case TASK_SPLIT: code = run_split(p, t, scratch, &error); break;
+    case TASK_SEARCH: code = run_search(p, t, scratch, &error); break;
+    case TASK_FIND: code = run_find(p, t, scratch, &error); break;
+    default: code = run_attend(p, t, scratch, &error);
+    }
     if (code != QUARRY_OK && !atomic_exchange(&p->failed, true)) p->error = error;
 }
 
@@ -225,8 +270,36 @@ static int64_t split_count(int64_t n_keys)
     return (n_keys + SPLIT - 1) / SPLIT;
 }
 
+/* Few searches and nothing else: find tasks for all, then attend tasks. */
+static quarry_code plan_in_halves(attn_pass *p, int64_t n, quarry_error *error)
+{
+    int heads = p->shape->kv.n_head_kv;
+    p->capacity = 2 * n * heads;
+    p->tasks = arena_alloc(p->c->shared, (size_t)p->capacity, sizeof *p->tasks, error);
+    attn_found *found = arena_alloc(p->c->shared, (size_t)(n * heads), sizeof *found, error);
+    if (!p->tasks || !found) return QUARRY_ERROR_MEMORY;
+    memset(found, 0, (size_t)(n * heads) * sizeof *found);
+    for (int attending = 0; attending < 2; attending++)
+        for (int64_t i = 0; i < n * heads; i++)
+            *push_task(p) = (attn_task){
+                .kind = attending ? TASK_ATTEND : TASK_FIND, .head = (int)(i % heads), .row = i / heads, .n_rows = 1, .found = &found[i]};
+    for (int i = 0; i < thread_pool_size(p->c->pool); i++) arena_reset(&p->c->scratch[i]);
+    return QUARRY_OK;
+}
+
+static bool in_halves(const attn_pass *p, int64_t n)
+{
+    enum { ENOUGH = 4 }; /* whole searches per thread */
+    int threads = thread_pool_size(p->c->pool);
+    if (threads == 1 || n * p->shape->kv.n_head_kv >= ENOUGH * threads) return false;
+    for (int64_t i = 0; i < n; i++)
+        if (is_dense(&p->rows[i])) return false;
+    return true;
+}
+
 static quarry_code plan(attn_pass *p, int64_t n, quarry_error *error)
 {
+    if (in_halves(p, n)) return plan_in_halves(p, n, error);
     int heads = p->shape->kv.n_head_kv;
     int64_t block = TILE_VECTORS / p->group > 0 ? TILE_VECTORS / p->group : 1;
     for (int64_t i = 0; i < n; i++) p->capacity += heads * (is_dense(&p->rows[i]) ? split_count(p->rows[i].pos + 1) : 1);

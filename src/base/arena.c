@@ -18,6 +18,21 @@ static arena_block *block_new(size_t size, quarry_error *error)
     return b;
 }
 
+static quarry_code push_block(arena *a, size_t size, quarry_error *error)
+{
+    arena_block *b = block_new(size, error);
+    if (!b) return QUARRY_ERROR_MEMORY;
+    b->next = a->block;
+    a->block = b;
+    a->n_bytes += b->size + HEADER;
+    return QUARRY_OK;
+}
+
+quarry_code arena_reserve(arena *a, size_t n_bytes, quarry_error *error)
+{
+    return push_block(a, (n_bytes + 63) / 64 * 64, error);
+}
+
 void *arena_alloc(arena *a, size_t n, size_t size, quarry_error *error)
 {
     size_t bytes;
@@ -29,11 +44,7 @@ void *arena_alloc(arena *a, size_t n, size_t size, quarry_error *error)
     if (!a->block || a->block->size - a->block->used < bytes) {
         size_t want = a->block ? a->block->size * 2 : SMALLEST_BLOCK;
         if (a->block && want > ((size_t)4 << 20)) want = (size_t)4 << 20;
-        arena_block *b = block_new(bytes > want ? bytes : want, error);
-        if (!b) return NULL;
-        b->next = a->block;
-        a->block = b;
-        a->n_bytes += b->size + HEADER;
+        if (push_block(a, bytes > want ? bytes : want, error) != QUARRY_OK) return NULL;
     }
     void *p = (char *)a->block + HEADER + a->block->used;
     a->block->used += bytes;

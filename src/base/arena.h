@@ -15,6 +15,8 @@ typedef struct arena {
 
 /* n * size bytes aligned to 64, not cleared; valid until arena_reset or arena_free. NULL and *error on failure. */
 void *arena_alloc(arena *a, size_t n, size_t size, quarry_error *error);
+/* One block for the next n_bytes (every allocation counts as a multiple of 64): they lie together, in huge pages if there is enough. */
+quarry_code arena_reserve(arena *a, size_t n_bytes, quarry_error *error);
 /* Forgets all allocations; keeps one block large enough for what was used. */
 void arena_reset(arena *a);
 void arena_free(arena *a);

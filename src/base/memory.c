@@ -38,17 +38,25 @@ void *memory_zero(size_t n, size_t size, const char *what, quarry_error *error)
     return p;
 }
 
+enum { HUGE_PAGE = 2 << 20 };
+
+/* Whole huge pages if they leave little of the last one unused (what is in one is resident), else a multiple of 64. */
+size_t memory_aligned_bytes(size_t bytes)
+{
+    size_t whole = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    return bytes > HUGE_PAGE / 2 && whole - bytes <= whole / 12 ? whole : (bytes + 63) / 64 * 64;
+}
+
 void *memory_aligned(size_t n, size_t size, const char *what, quarry_error *error)
 {
-    enum { HUGE_PAGE = 2 << 20 };
     size_t bytes;
     if (!size_multiply(n, size, &bytes) || bytes > SIZE_MAX - HUGE_PAGE) {
         error_memory(error, what, SIZE_MAX);
         return NULL;
     }
-    bool large = bytes >= (size_t)HUGE_PAGE;
+    size_t rounded = memory_aligned_bytes(bytes);
+    bool large = rounded >= (size_t)HUGE_PAGE;
     size_t align = large ? (size_t)HUGE_PAGE : 64;
-    size_t rounded = (bytes + 63) / 64 * 64;
     void *p = NULL;
     if (fails() || posix_memalign(&p, align, rounded ? rounded : 64) != 0) {
         error_memory(error, what, bytes);

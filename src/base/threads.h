@@ -17,7 +17,8 @@ int thread_pool_size(const thread_pool *pool);
 /* One task of a loop; thread is in [0, size) and picks per-thread scratch. */
 typedef void (*task_fn)(void *context, int64_t task, int thread);
 
-/* Runs task 0 … n_tasks-1, each once, claimed in order by whichever thread is free; returns when all are done. What a task computes must
+/* Runs task 0 … n_tasks-1, each once, claimed in order by whichever thread is free (so one may wait for an earlier one); returns when all
+ * are done. What a task computes must
  * not depend on its thread, so results do not depend on the number of threads. Callers on several threads are served one after the other. A
  * task must not call it. */
 void thread_pool_run(thread_pool *pool, int64_t n_tasks, task_fn fn, void *context);

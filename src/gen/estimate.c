@@ -32,11 +32,9 @@ quarry_code session_memory_estimate(quarry_model *model, const quarry_session_pa
     const model_shape *s = model_shape_of(model);
     attn_shape shape = model_attn_shape(model, params->kv_f32 ? KV_F32 : KV_F16);
     int64_t n_ctx = params->n_ctx ? params->n_ctx : s->n_ctx_train, n_batch = params->n_batch ? params->n_batch : SESSION_DEFAULT_BATCH;
-    int64_t n_pages = (n_ctx + KV_PAGE - 1) / KV_PAGE;
-    size_t row_bytes = kv_row_bytes(shape.kv.type, shape.kv.head_dim) * (size_t)shape.kv.n_layer * (size_t)shape.kv.n_head_kv;
     need->n_ctx = n_ctx;
     need->scratch_bytes = (size_t)(n_batch * floats_per_token(s)) * sizeof(float);
-    if (!size_multiply((size_t)n_pages * KV_PAGE, row_bytes, &need->kv_bytes))
+    if (!kv_bytes_for(&shape.kv, n_ctx, &need->kv_bytes))
         return error_set(error, QUARRY_ERROR_ARGUMENT, "a context of %lld tokens is out of reach", (long long)n_ctx);
     const char *spec = params->attn ? params->attn : attn_policies[0]->name;
     return index_estimate(model, spec, &shape, n_ctx - ATTN_SINKS - ATTN_WINDOW, &need->index_bytes, error);

@@ -1,8 +1,8 @@
 /* kv: the keys and values of one timeline of tokens, in pages.
  *
- * A page holds KV_PAGE tokens of one layer; within it each KV head has its rows side by side, so that a head's rows are contiguous:
+ * A page holds KV_PAGE tokens; within it each layer and KV head has its rows side by side, so that a head's rows are contiguous:
  *
- *     page: [head 0: KV_PAGE rows][head 1: KV_PAGE rows] …      row: [K d][V d] (math/attention.h)
+ *     page: [layer 0: [head 0: KV_PAGE rows][head 1: KV_PAGE rows] …][layer 1: …] …      row: [K d][V d] (math/attention.h)
  *
  * Pages are reference-counted: a fork shares them, and a page that is shared is copied before it is written. */
 #ifndef KV_KV_H
@@ -47,6 +47,8 @@ void kv_write(const math_kernels *kernels, void *row, const kv_shape *shape, con
 void kv_read_key(const math_kernels *kernels, const void *row, const kv_shape *shape, float *key);
 void kv_read_value(const math_kernels *kernels, const void *row, const kv_shape *shape, float *value);
 
+/* Memory for n tokens; false if it is beyond size_t. */
+bool kv_bytes_for(const kv_shape *shape, int64_t n, size_t *n_bytes);
 size_t kv_bytes(const kv_seq *kv); /* memory of its pages, shared ones counted whole */
 
 #endif

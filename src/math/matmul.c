@@ -43,8 +43,20 @@ static void pack_panel(void *context, int64_t panel, int thread)
     }
 }
 
+size_t weight_packed_bytes(block_type type, int64_t n_out, int64_t n_in)
+{
+    const weight w = {.type = type, .n_out = n_out, .n_in = n_in, .packed = true};
+    return block_traits_get(type) ? (size_t)panel_count(&w) * panel_bytes(&w) : 0;
+}
+
 quarry_code weight_make(weight *w, const matmul_kernels *kernels, thread_pool *pool, block_type type, int64_t n_out, int64_t n_in,
                         const void *source, quarry_error *error)
+{
+    return weight_make_in(w, NULL, kernels, pool, type, n_out, n_in, source, error);
+}
+
+quarry_code weight_make_in(weight *w, arena *memory, const matmul_kernels *kernels, thread_pool *pool, block_type type, int64_t n_out,
+                           int64_t n_in, const void *source, quarry_error *error)
 {
     (void)kernels; /* all instruction sets share one layout */
     *w = (weight){.type = type, .n_out = n_out, .n_in = n_in, .data = source};
@@ -60,15 +72,14 @@ quarry_code weight_make(weight *w, const matmul_kernels *kernels, thread_pool *p
         return QUARRY_OK;
     }
     w->packed = true;
-    size_t n_bytes = panel_bytes(w);
-    uint8_t *data = memory_aligned((size_t)panel_count(w), n_bytes, "weights", error);
+    w->n_bytes = weight_packed_bytes(type, n_out, n_in);
+    uint8_t *data = memory ? arena_alloc(memory, w->n_bytes, 1, error) : memory_aligned(w->n_bytes, 1, "weights", error);
     if (!data) {
         *w = (weight){0};
         return QUARRY_ERROR_MEMORY;
     }
-    w->owned = true;
+    w->owned = !memory;
     w->data = data;
-    w->n_bytes = (size_t)panel_count(w) * n_bytes;
     thread_pool_run(pool, panel_count(w), pack_panel, &(struct pack_loop){w, source, data});
     return QUARRY_OK;
 }

@@ -21,14 +21,18 @@ typedef struct weight {
     int64_t n_out, n_in; /* rows, columns */
     const void *data;    /* packed panels or source blocks, row after row */
     size_t n_bytes;
-    bool packed; /* data is in panels and owned; otherwise data belongs to the caller (or to an earlier weight_own) */
-    bool owned;
+    bool packed; /* data is in panels; otherwise it is the source's */
+    bool owned;  /* data is freed by weight_free */
 } weight;
 
 /* Makes *w from source blocks [n_out][n_in]. Packs where that pays: w then owns memory and no longer needs source (true in w->packed). Otherwise w
  * refers to source, which must outlive it. Error: MEMORY; UNSUPPORTED if n_in is no multiple of the block. Parallel over the pool. */
 quarry_code weight_make(weight *w, const matmul_kernels *kernels, thread_pool *pool, block_type type, int64_t n_out, int64_t n_in,
                         const void *source, quarry_error *error);
+/* The same with the memory of an arena (weight_free then frees nothing), and how much of it that will take: 0 for types that are not packed. */
+quarry_code weight_make_in(weight *w, arena *memory, const matmul_kernels *kernels, thread_pool *pool, block_type type, int64_t n_out,
+                           int64_t n_in, const void *source, quarry_error *error);
+size_t weight_packed_bytes(block_type type, int64_t n_out, int64_t n_in);
 void weight_free(weight *w);
 /* out[n_in] = row `row` dequantised exactly as the source blocks say (embedding look-up). */
 void weight_row(const weight *w, int64_t row, float *out);

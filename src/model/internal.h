@@ -38,6 +38,7 @@ struct quarry_model {
     const char *quantization;
     int64_t n_params;
     size_t weight_bytes;
+    arena packed;         /* matrices */
     arena small;          /* norms, biases, layers, rope factors */
     model_layer *layers;  /* [n_layer] */
     float *output_norm;   /* [n_embd] */

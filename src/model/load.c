@@ -64,7 +64,7 @@ static quarry_code load_matrix(loader *l, const char *name, int64_t rows, int64_
     void *copy = NULL;
     const void *data = gguf_tensor_data(m->file, t, &copy, l->error);
     if (!data) return l->error ? l->error->code : QUARRY_ERROR_IO;
-    code = weight_make(w, m->kernels->matmul, m->pool, t->type, rows, cols, data, l->error);
+    code = weight_make_in(w, &m->packed, m->kernels->matmul, m->pool, t->type, rows, cols, data, l->error);
     if (code == QUARRY_OK && !w->packed && copy) {
         m->copies[m->n_copies++] = copy;
         copy = NULL;
@@ -156,6 +156,17 @@ static quarry_code check_all_used(loader *l)
                      m->arch->name);
 }
 
+/* Memory for all matrices at once: apart, most are too small for huge pages. */
+static quarry_code reserve_matrices(loader *l)
+{
+    size_t n_bytes = 0;
+    for (int64_t i = 0; i < gguf_n_tensors(l->m->file); i++) {
+        const gguf_tensor *t = gguf_tensor_at(l->m->file, i);
+        if (t->n_dims == 2) n_bytes += (weight_packed_bytes(t->type, t->dims[1], t->dims[0]) + 63) / 64 * 64;
+    }
+    return arena_reserve(&l->m->packed, n_bytes, l->error);
+}
+
 quarry_code model_load_weights(quarry_model *m, quarry_error *error)
 {
     quarry_error own = {0}; /* gguf_tensor_data reports only through an error */
@@ -165,7 +176,8 @@ quarry_code model_load_weights(quarry_model *m, quarry_error *error)
     m->layers = m->copies ? arena_alloc(&m->small, (size_t)s->n_layer, sizeof *m->layers, l.error) : NULL;
     if (!m->layers) return QUARRY_ERROR_MEMORY;
     memset(m->layers, 0, (size_t)s->n_layer * sizeof *m->layers);
-    quarry_code code = load_matrix(&l, "token_embd.weight", s->n_vocab, s->n_embd, false, &m->embedding);
+    quarry_code code = reserve_matrices(&l);
+    if (code == QUARRY_OK) code = load_matrix(&l, "token_embd.weight", s->n_vocab, s->n_embd, false, &m->embedding);
     for (int i = 0; i < s->n_layer && code == QUARRY_OK; i++) code = load_layer(&l, i);
     if (code == QUARRY_OK) code = load_vector(&l, "output_norm.weight", s->n_embd, false, &m->output_norm);
     m->tied = !gguf_find(m->file, "output.weight");

@@ -174,6 +174,7 @@ void quarry_model_close(quarry_model *m)
     weight_free(&m->output);
     for (int64_t i = 0; i < m->n_copies; i++) memory_free(m->copies[i]);
     memory_free(m->copies);
+    arena_free(&m->packed);
     arena_free(&m->small);
     tokenizer_destroy(m->tokenizer);
     thread_pool_destroy(m->pool);
