@@ -1,8 +1,8 @@
-/* Matrix products on the shapes of SmolLM2-135M: GB/s of weights for one row of activations, Gop/s (two per multiply-add) for many rows.
+/* Matrix products on the shapes of SmolLM2-135M: GB/s of weights for up to 16 rows of activations, Gop/s (two per multiply-add) for many rows.
  *
- *     cmake --build build --target bench_matmul && build/bench_matmul [threads] [rows]
+ *     cmake --build build --target bench_matmul && build/bench_matmul [threads] [rows, negative: precise] [block types]
  *
- * Weights for one row are rotated through 256 MB of copies, so that they come from memory as in a decode step. Prints the tenth percentile and the median
+ * Weights for few rows are rotated through 256 MB of copies, so that they come from memory as in a decode step. Prints the tenth percentile and the median
  * of single products' times. */
 #include <stdio.h>
 #include <stdlib.h>
@@ -45,7 +45,7 @@ static void time_products(const matmul_kernels *kernels, thread_pool *pool, cons
 }
 
 static void bench_shape(const matmul_kernels *kernels, const char *isa, thread_pool *pool, block_type type, int64_t n_out, int64_t n_in,
-                        int64_t n_rows)
+                        int64_t n_rows, bool precise)
 {
     const block_info *info = block_info_get(type);
     if (n_in % info->n_weights != 0) return;
@@ -56,8 +56,8 @@ static void bench_shape(const matmul_kernels *kernels, const char *isa, thread_p
     for (size_t i = 0; i < n_bytes; i++) source[i] = (uint8_t)(random_u64(&r) & 0x3b); /* keeps scales finite */
     float *x = malloc((size_t)(n_rows * n_in) * sizeof *x), *y = malloc((size_t)(n_rows * n_out) * sizeof *y);
     for (int64_t i = 0; i < n_rows * n_in; i++) x[i] = (float)random_normal(&r);
-    activations a = {.n_rows = n_rows, .n_in = n_in, .x = x};
-    a.quantized = memory_aligned(activations_bytes(n_rows, n_in, false), 1, "bench", NULL);
+    activations a = {.n_rows = n_rows, .n_in = n_in, .x = x, .precise = precise};
+    a.quantized = memory_aligned(activations_bytes(n_rows, n_in, precise), 1, "bench", NULL);
     int n_copies = n_rows > 16 ? 1 : (int)(ROTATE_BYTES / n_bytes) + 1;
     if (n_copies > MAX_COPIES) n_copies = MAX_COPIES;
     weight *w = malloc((size_t)n_copies * sizeof *w);
@@ -84,7 +84,8 @@ int main(int argc, char **argv)
     int n_threads = argc > 1 ? atoi(argv[1]) : cpu_count();
     int64_t rows[] = {1, 512};
     int n_sizes = argc > 2 ? 1 : 2;
-    if (argc > 2) rows[0] = atoi(argv[2]);
+    bool precise = argc > 2 && atoi(argv[2]) < 0;
+    if (argc > 2) rows[0] = abs(atoi(argv[2]));
     block_type types[16] = {BLOCK_Q4_1, BLOCK_Q8_0};
     int n_types = 2;
     if (argc > 3)
@@ -102,7 +103,7 @@ int main(int argc, char **argv)
         for (int type = 0; type < n_types; type++)
             for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++)
                 for (int n = 0; n < n_sizes; n++)
-                    bench_shape(kernels, cpu_isa_name((cpu_isa)isa), pool, types[type], shapes[s][0], shapes[s][1], rows[n]);
+                    bench_shape(kernels, cpu_isa_name((cpu_isa)isa), pool, types[type], shapes[s][0], shapes[s][1], rows[n], precise);
     }
     thread_pool_destroy(pool);
     return 0;

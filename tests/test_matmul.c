@@ -62,13 +62,12 @@ static float *random_floats(random_state *r, int64_t n)
 }
 
 /* y[n][n_out] by the kernels under test. */
-static void product(const matmul_kernels *kernels, thread_pool *pool, const weight *w, const float *x, int64_t n, const float *bias,
-                    float *y)
+static void product(const matmul_kernels *kernels, thread_pool *pool, const weight *w, const float *x, int64_t n, bool precise, float *y)
 {
-    activations a = {.n_rows = n, .n_in = w->n_in, .x = x};
-    a.quantized = memory_aligned(activations_bytes(n, w->n_in, false), 1, "test", NULL);
+    activations a = {.n_rows = n, .n_in = w->n_in, .x = x, .precise = precise};
+    a.quantized = memory_aligned(activations_bytes(n, w->n_in, precise), 1, "test", NULL);
     activations_quantize(&a, kernels, pool);
-    matmul_job job = {w, bias, y, false};
+    matmul_job job = {w, NULL, y, false};
     matmul_run(kernels, pool, &a, &job, 1);
     memory_free(a.quantized);
 }
@@ -125,7 +124,7 @@ static void check_against_doubles(block_type type, int64_t n_out, int64_t n_in, 
     for (int i = 0; i < n_tables; i++) {
         weight w;
         assert_int_equal(weight_make(&w, tables[i], pool, type, n_out, n_in, blocks, NULL), QUARRY_OK);
-        product(tables[i], pool, &w, x, N_ROWS, NULL, y);
+        product(tables[i], pool, &w, x, N_ROWS, false, y);
         double error = worst_error(type, n_out, n_in, blocks, x, N_ROWS, y);
         if (!(error <= bound))
             fail_msg("%s %lldx%lld, table %d: error %g", block_type_name(type), (long long)n_out, (long long)n_in, i, error);
@@ -171,14 +170,15 @@ static void test_instruction_sets_agree_bit_for_bit(void **state)
         uint8_t *blocks = random_blocks(&r, quantized_types[k], N_OUT * N_IN);
         weight w;
         assert_int_equal(weight_make(&w, tables[0], pool, quantized_types[k], N_OUT, N_IN, blocks, NULL), QUARRY_OK);
-        product(tables[0], pool, &w, x, N, NULL, expected);
-        for (int i = 1; i < n_tables; i++) {
+        for (int i = 0; i < 2 * n_tables; i++) {
+            bool precise = i >= n_tables;
             memset(y, 0xff, N * N_OUT * sizeof(float));
-            product(tables[i], pool, &w, x, N, NULL, y);
+            product(tables[i % n_tables], pool, &w, x, N, precise, y);
+            if (i % n_tables == 0) memcpy(expected, y, N * N_OUT * sizeof(float));
             for (int j = 0; j < N * N_OUT; j++)
                 if (memcmp(&y[j], &expected[j], sizeof(float)) != 0)
-                    fail_msg("%s table %d, token %d row %d: %.9g, expected %.9g", block_type_name(quantized_types[k]), i, j / N_OUT,
-                             j % N_OUT, y[j], expected[j]);
+                    fail_msg("%s table %d%s, token %d row %d: %.9g, expected %.9g", block_type_name(quantized_types[k]), i % n_tables,
+                             precise ? " precise" : "", j / N_OUT, j % N_OUT, y[j], expected[j]);
         }
         weight_free(&w);
         free(blocks);
@@ -202,12 +202,14 @@ static void test_a_row_does_not_depend_on_its_batch_or_on_threads(void **state)
     float *x = random_floats(&r, N * N_IN), *alone = malloc(N * N_OUT * sizeof(float)), *y = malloc(N * N_OUT * sizeof(float));
     for (size_t k = 0; k < TEST_COUNT(types); k++) {
         uint8_t *blocks = random_blocks(&r, types[k], N_OUT * N_IN);
-        for (int i = 0; i < n_tables; i++) {
+        for (int j = 0; j < 2 * n_tables; j++) {
+            int i = j / 2;
+            bool precise = j % 2;
             weight w;
             assert_int_equal(weight_make(&w, tables[i], one, types[k], N_OUT, N_IN, blocks, NULL), QUARRY_OK);
-            for (int t = 0; t < N; t++) product(tables[i], one, &w, x + t * N_IN, 1, NULL, alone + t * N_OUT);
+            for (int t = 0; t < N; t++) product(tables[i], one, &w, x + t * N_IN, 1, precise, alone + t * N_OUT);
             for (int n = 2; n <= N; n += n < 20 ? 1 : 41) {
-                product(tables[i], n % 2 ? one : three, &w, x, n, NULL, y);
+                product(tables[i], n % 2 ? one : three, &w, x, n, precise, y);
                 if (memcmp(alone, y, (size_t)(n * N_OUT) * sizeof(float)) != 0)
                     fail_msg("%s table %d: batch of %d differs", block_type_name(types[k]), i, n);
             }
@@ -286,7 +288,7 @@ static void test_several_jobs_with_bias_and_accumulation(void **state)
             uint8_t *blocks = random_blocks(&r, type, n_out[j] * N_IN);
             assert_int_equal(weight_make(&w[j], tables[i], pool, type, n_out[j], N_IN, blocks, NULL), QUARRY_OK);
             plain[j] = malloc((size_t)(N * n_out[j]) * sizeof(float));
-            product(tables[i], pool, &w[j], x, N, NULL, plain[j]);
+            product(tables[i], pool, &w[j], x, N, false, plain[j]);
             y[j] = malloc((size_t)(N * n_out[j]) * sizeof(float));
             for (int k = 0; k < N * n_out[j]; k++) y[j][k] = 0.5f;
             jobs[j] = (matmul_job){&w[j], j == 2 ? NULL : bias, y[j], j != 1};
@@ -335,8 +337,10 @@ static void test_extreme_quants_are_exact(void **state)
             weight w;
             assert_int_equal(weight_make(&w, tables[0], pool, quantized_types[k], N_OUT, N_IN, blocks, NULL), QUARRY_OK);
             for (int i = 0; i < n_tables; i++) {
-                product(tables[i], pool, &w, x, 2, NULL, y);
-                assert_true(worst_error(quantized_types[k], N_OUT, N_IN, blocks, x, 2, y) == 0);
+                for (int precise = 0; precise < 2; precise++) {
+                    product(tables[i], pool, &w, x, 2, precise, y);
+                    assert_true(worst_error(quantized_types[k], N_OUT, N_IN, blocks, x, 2, y) == 0);
+                }
             }
             weight_free(&w);
         }
@@ -363,7 +367,7 @@ static void test_scales_and_activations_that_are_not_finite_reach_the_output(voi
         weight w;
         assert_int_equal(weight_make(&w, tables[0], pool, quantized_types[k], N_OUT, N_IN, blocks, NULL), QUARRY_OK);
         for (int i = 0; i < n_tables; i++) {
-            product(tables[i], pool, &w, x, N, NULL, y);
+            product(tables[i], pool, &w, x, N, false, y);
             for (int row = 0; row < N_OUT; row++) {
                 assert_int_equal(isnan(y[row]) != 0, row == 3);
                 assert_true(isnan(y[N_OUT + row]) && isnan(y[2 * N_OUT + row]));
@@ -413,23 +417,22 @@ static void test_running_out_of_memory_is_an_error(void **state)
 
 /* Precise activations: the products are those of the floats themselves, to 2^-14 of the sum of magnitudes, bitwise equal for every batch size and number of
  * threads and on every instruction set; floats that are not finite stay so. */
-static void precise_activations_lose_nothing_that_matters(void **state)
+static void check_precise(block_type type)
 {
-    (void)state;
-    enum { N = 37, N_IN = 96, N_OUT = 40 };
+    enum { N = 37, N_IN = 256, N_OUT = 40 };
     const matmul_kernels *tables[4];
     int n_tables = kernels_here(tables);
     random_state r;
     random_seed(&r, 99);
-    uint8_t *blocks = random_blocks(&r, BLOCK_Q4_1, N_OUT * N_IN);
+    uint8_t *blocks = random_blocks(&r, type, N_OUT * N_IN);
     float *x = random_floats(&r, N * N_IN), dense[N_OUT * N_IN], first[N * N_OUT], y[N * N_OUT];
-    block_dequantize(BLOCK_Q4_1, blocks, N_OUT * N_IN, dense);
+    block_dequantize(type, blocks, N_OUT * N_IN, dense);
     x[5] = 8; /* an outlier makes one term coarse */
     for (int i = 0; i < n_tables; i++)
         for (int n = 1; n <= N; n += 9) {
             thread_pool *pool = thread_pool_create(1 + n % 3, NULL);
             weight w;
-            assert_int_equal(weight_make(&w, tables[i], pool, BLOCK_Q4_1, N_OUT, N_IN, blocks, NULL), QUARRY_OK);
+            assert_int_equal(weight_make(&w, tables[i], pool, type, N_OUT, N_IN, blocks, NULL), QUARRY_OK);
             activations a = {.n_rows = n, .n_in = N_IN, .x = x, .precise = true};
             a.quantized = memory_aligned(activations_bytes(n, N_IN, true), 1, "test", NULL);
             activations_quantize(&a, tables[i], pool);
@@ -460,6 +463,12 @@ static void precise_activations_lose_nothing_that_matters(void **state)
         }
     free(blocks);
     free(x);
+}
+
+static void precise_activations_lose_nothing_that_matters(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < TEST_COUNT(quantized_types); i++) check_precise(quantized_types[i]);
 }
 
 /* Zeros, tiny, huge and infinite floats among ordinary ones, in groups that are full and not. */

@@ -106,15 +106,9 @@ void weight_row(const weight *w, int64_t row, float *out)
     }
 }
 
-/* Rows as the kernels see them: precise ones are pairs of a row and what its quantisation left. */
-static int64_t terms(const activations *a)
-{
-    return a->precise ? 2 : 1;
-}
-
 size_t activations_bytes(int64_t n_rows, int64_t n_in, bool precise)
 {
-    return (activation_bytes(precise ? 2 * n_rows : n_rows, n_in) + 63) / 64 * 64;
+    return (activation_bytes(n_rows, n_in, precise) + 63) / 64 * 64;
 }
 
 struct quantize_loop {
@@ -127,9 +121,9 @@ static void quantize_group(void *context, int64_t group, int thread)
     (void)thread;
     const struct quantize_loop *loop = context;
     const activations *a = loop->a;
-    int64_t rows = ACTIVATION_GROUP / terms(a), first = group * rows;
+    int64_t rows = activation_group(a->precise), first = group * rows;
     int n = (int)(a->n_rows - first < rows ? a->n_rows - first : rows);
-    uint8_t *out = (uint8_t *)a->quantized + activation_bytes(first * terms(a), a->n_in);
+    uint8_t *out = (uint8_t *)a->quantized + activation_bytes(first, a->n_in, a->precise);
     (a->precise ? loop->kernels->quantize_pairs : loop->kernels->quantize)(a->x + first * a->n_in, n, a->n_in, out);
 }
 
@@ -138,7 +132,7 @@ void activations_quantize(activations *a, const matmul_kernels *kernels, thread_
     enum { WORTH_A_LOOP = 1 << 15 }; /* floats; less takes no longer than waking a thread */
     struct quantize_loop loop = {a, kernels};
     if (a->n_in % SUB_BLOCK != 0) return; /* then all weights are floats and read a->x */
-    int64_t n_groups = (a->n_rows * terms(a) + ACTIVATION_GROUP - 1) / ACTIVATION_GROUP;
+    int64_t rows = activation_group(a->precise), n_groups = (a->n_rows + rows - 1) / rows;
     if (a->n_rows * a->n_in >= WORTH_A_LOOP) {
         thread_pool_run(pool, n_groups, quantize_group, &loop);
         return;
@@ -204,13 +198,6 @@ static void store_rows(const matmul_job *job, int64_t panel, int64_t first, int6
     }
 }
 
-/* out[n][16] from out[2n][16]: the terms of each row added. */
-static void add_pairs(int64_t n, float *out)
-{
-    for (int64_t t = 0; t < n; t++)
-        for (int i = 0; i < PANEL_ROWS; i++) out[t * PANEL_ROWS + i] = out[2 * t * PANEL_ROWS + i] + out[(2 * t + 1) * PANEL_ROWS + i];
-}
-
 static void run_panels(const struct matmul_loop *loop, const matmul_job *job, int64_t begin, int64_t end)
 {
     enum { CHUNK = 48 }; /* rows of activations, a multiple of every group: with one panel they stay in the second-level cache */
@@ -218,16 +205,15 @@ static void run_panels(const struct matmul_loop *loop, const matmul_job *job, in
     const weight *w = job->w;
     size_t n_bytes = panel_bytes(w);
     float out[CHUNK * PANEL_ROWS];
-    int64_t per_row = terms(a), step = CHUNK / per_row;
+    int64_t step = a->precise ? CHUNK / 2 : CHUNK;
     for (int64_t first = 0; first < a->n_rows; first += step) {
         int64_t n = a->n_rows - first < step ? a->n_rows - first : step;
-        const uint8_t *quantized = (const uint8_t *)a->quantized + activation_bytes(first * per_row, a->n_in);
+        const uint8_t *quantized = (const uint8_t *)a->quantized + activation_bytes(first, a->n_in, a->precise);
         for (int64_t p = begin; p < end; p++) {
             const uint8_t *data = (const uint8_t *)w->data + (size_t)p * n_bytes;
             int64_t n_w = w->n_out - p * PANEL_ROWS;
             if (w->packed) {
-                loop->kernels->panel(w->type, data, a->n_in, quantized, n * per_row, out);
-                if (a->precise) add_pairs(n, out);
+                loop->kernels->panel(w->type, data, a->n_in, quantized, n, a->precise, out);
             } else {
                 loop->kernels->floats(w->type, data, n_w < PANEL_ROWS ? (int)n_w : PANEL_ROWS, a->n_in, a->x + first * a->n_in, n, out);
             }

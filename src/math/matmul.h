@@ -42,7 +42,7 @@ typedef struct activations {
     int64_t n_rows, n_in;
     const float *x; /* [n_rows][n_in], the caller's */
     bool
-        precise; /* two int8 terms per float instead of one: what the first leaves is quantised again, and rounding falls below that of f16 */
+        precise; /* two int8 terms per float instead of one: what the first leaves is counted in 256ths of it, and rounding falls below that of f16 */
     void *quantized; /* activations_bytes() bytes, aligned to 64 */
 } activations;
 

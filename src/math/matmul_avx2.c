@@ -169,19 +169,21 @@ static ALWAYS_INLINE void add_min(const __m256 *min, __m256 sum, __m256 *acc)
     for (int r = 0; r < 2; r++) acc[r] = _mm256_fmadd_ps(min[r], sum, acc[r]);
 }
 
-/* acc[n][2] += 32 inputs. */
-static ALWAYS_INLINE void multiply(const block_type type, const int n, const weights *w, const uint8_t *quants, const activation_scale *s,
-                                   __m256 (*acc)[2])
+/* acc[n][2] += 32 inputs of n <= TILE rows; pairs: of one, whose terms are the two rows of the tile. */
+static ALWAYS_INLINE void multiply(const block_type type, const bool pairs, const int n, const weights *w, const uint8_t *quants,
+                                   const activation_scale *s, __m256 (*acc)[2])
 {
     const bool fine = type_is_fine(type), with_start = !type_has_min(type) && !type_is_signed(type);
     const int shift = type_shift(type), n_v = fine ? 4 : 8;
     for (int half = 0; half < (fine ? 2 : 1); half++) {
         __m256i dot[TILE][2];
         for (int t = 0; t < n; t++) {
-            int minus = !fine ? s[t].minus : half ? s[t].minus - s[t].minus_lo : s[t].minus_lo;
-            dot[t][0] = dot[t][1] = with_start ? _mm256_slli_epi32(_mm256_set1_epi32(minus), shift) : _mm256_setzero_si256();
+            int minus = !fine ? s[t].minus : half ? s[t].minus - s[t].minus_lo : s[t].minus_lo, term = pairs ? 1 : t;
+            if (pairs) dot[0][0] = dot[0][1] = _mm256_setzero_si256();
+            dot[term][0] = dot[term][1] = with_start ? _mm256_slli_epi32(_mm256_set1_epi32(minus), shift) : _mm256_setzero_si256();
         }
-        dot_vectors(n, type_is_signed(type), type_run(type), w->q + 4 * half, n_v, quants + 16 * half, dot);
+        dot_vectors(pairs ? 2 : n, type_is_signed(type), type_run(type), w->q + 4 * half, n_v, quants + 16 * half, dot);
+        for (int r = 0; r < 2 && pairs; r++) dot[0][r] = _mm256_add_epi32(_mm256_slli_epi32(dot[0][r], PAIR_BITS), dot[1][r]);
         for (int t = 0; t < n; t++) add_scaled(dot[t], w->scale[half], _mm256_set1_ps(s[t].d), acc[t]);
     }
     for (int t = 0; t < n && type_has_min(type); t++) {
@@ -194,69 +196,73 @@ static ALWAYS_INLINE void multiply(const block_type type, const int n, const wei
     }
 }
 
-/* Few rows: n <= TILE of a group of `size`, unpacking in registers. */
-static ALWAYS_INLINE void fused(const block_type type, const int n, const panel_layout *layout, const uint8_t *panel, int64_t n_in,
-                                const uint8_t *quants, const uint8_t *scales, int size, float *out)
+/* Few rows: n <= TILE of a group of `size` from row `first` on, unpacking in registers. */
+static ALWAYS_INLINE void fused(const block_type type, const bool pairs, const int n, const panel_layout *layout, const uint8_t *panel,
+                                int64_t n_in, const uint8_t *group, int size, int first, float *out)
 {
-    const int n_sub = layout->n_weights / SUB_BLOCK;
+    const int n_sub = layout->n_weights / SUB_BLOCK, n_q = (pairs ? 2 : 1) * SUB_BLOCK, step = size * activation_row_bytes(pairs);
+    const uint8_t *quants = group + first * n_q, *scales = group + size * n_q + first * (int)sizeof(activation_scale);
     __m256 acc[TILE][2];
     for (int t = 0; t < n; t++) acc[t][0] = acc[t][1] = _mm256_setzero_ps();
     for (int64_t b = 0; b < n_in / layout->n_weights; b++, panel += layout->n_bytes) {
-        for (int sub = 0; sub < n_sub; sub++, quants += size * ACTIVATION_BYTES, scales += size * ACTIVATION_BYTES) {
+        for (int sub = 0; sub < n_sub; sub++, quants += step, scales += step) {
             weights w;
             unpack(type, layout, panel, sub, &w);
-            multiply(type, n, &w, quants, (const activation_scale *)(const void *)scales, acc);
+            multiply(type, pairs, n, &w, quants, (const activation_scale *)(const void *)scales, acc);
         }
     }
     for (int t = 0; t < n; t++)
-        for (int r = 0; r < 2; r++) _mm256_storeu_ps(out + t * PANEL_ROWS + 8 * r, acc[t][r]);
+        for (int r = 0; r < 2; r++) _mm256_storeu_ps(out + (first + t) * PANEL_ROWS + 8 * r, acc[t][r]);
 }
 
 /* One group. After the first pass the panel comes from the cache. */
-static ALWAYS_INLINE void fused_group(const block_type type, const panel_layout *layout, const uint8_t *panel, int64_t n_in,
-                                      const uint8_t *group, int size, float *out)
+static ALWAYS_INLINE void fused_group(const block_type type, const bool pairs, const panel_layout *layout, const uint8_t *panel,
+                                      int64_t n_in, const uint8_t *group, int size, float *out)
 {
-    for (int t = 0; t < size; t += TILE, out += TILE * PANEL_ROWS) {
-        const uint8_t *quants = group + t * SUB_BLOCK, *scales = group + size * SUB_BLOCK + t * (int)sizeof(activation_scale);
-        if (size - t == 1)
-            fused(type, 1, layout, panel, n_in, quants, scales, size, out);
+    for (int t = 0; t < size;) {
+        if (pairs || size - t == 1)
+            fused(type, pairs, 1, layout, panel, n_in, group, size, t, out), t += 1;
         else
-            fused(type, TILE, layout, panel, n_in, quants, scales, size, out);
+            fused(type, pairs, TILE, layout, panel, n_in, group, size, t, out), t += TILE;
     }
 }
 
-/* out[n] += n_blocks sub-blocks; n rows of a group of `size`. */
-static ALWAYS_INLINE void tile(const block_type type, const int n, const weights *w, int n_blocks, const uint8_t *quants,
-                               const uint8_t *scales, int size, float *out)
+/* out[n] += n_blocks sub-blocks; n rows of a group of `size` from row `first` on. */
+static ALWAYS_INLINE void tile(const block_type type, const bool pairs, const int n, const weights *w, int n_blocks, const uint8_t *group,
+                               int size, int first, float *out)
 {
+    const int n_q = (pairs ? 2 : 1) * SUB_BLOCK, step = size * activation_row_bytes(pairs);
+    const uint8_t *quants = group + first * n_q, *scales = group + size * n_q + first * (int)sizeof(activation_scale);
     __m256 acc[TILE][2];
+    out += first * PANEL_ROWS;
     for (int t = 0; t < n; t++)
         for (int r = 0; r < 2; r++) acc[t][r] = _mm256_loadu_ps(out + t * PANEL_ROWS + 8 * r);
-    for (int b = 0; b < n_blocks; b++, quants += size * ACTIVATION_BYTES, scales += size * ACTIVATION_BYTES)
-        multiply(type, n, &w[b], quants, (const activation_scale *)(const void *)scales, acc);
+    for (int b = 0; b < n_blocks; b++, quants += step, scales += step)
+        multiply(type, pairs, n, &w[b], quants, (const activation_scale *)(const void *)scales, acc);
     for (int t = 0; t < n; t++)
         for (int r = 0; r < 2; r++) _mm256_storeu_ps(out + t * PANEL_ROWS + 8 * r, acc[t][r]);
 }
 
 /* One group of `size` rows. */
-static ALWAYS_INLINE void group_multiply(const block_type type, const weights *w, int n_blocks, const uint8_t *group, int size, float *out)
+static ALWAYS_INLINE void group_multiply(const block_type type, const bool pairs, const weights *w, int n_blocks, const uint8_t *group,
+                                         int size, float *out)
 {
-    for (int t = 0; t < size; t += TILE, out += TILE * PANEL_ROWS) {
-        const uint8_t *quants = group + t * SUB_BLOCK, *scales = group + size * SUB_BLOCK + t * (int)sizeof(activation_scale);
-        if (size - t == 1)
-            tile(type, 1, w, n_blocks, quants, scales, size, out);
+    for (int t = 0; t < size;) {
+        if (pairs || size - t == 1)
+            tile(type, pairs, 1, w, n_blocks, group, size, t, out), t += 1;
         else
-            tile(type, TILE, w, n_blocks, quants, scales, size, out);
+            tile(type, pairs, TILE, w, n_blocks, group, size, t, out), t += TILE;
     }
 }
 
-static ALWAYS_INLINE void product(const block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n,
-                                  float *out)
+static ALWAYS_INLINE void product(const block_type type, const bool pairs, const uint8_t *panel, int64_t n_in, const uint8_t *quantized,
+                                  int64_t n, float *out)
 {
+    const int rows = activation_group(pairs);
     panel_layout layout;
     panel_layout_get(type, &layout);
-    if (n <= FUSED_MAX) {
-        fused_group(type, &layout, panel, n_in, quantized, (int)n, out);
+    if (n <= (pairs ? FUSED_MAX / 2 : FUSED_MAX)) {
+        fused_group(type, pairs, &layout, panel, n_in, quantized, (int)n, out);
         return;
     }
     const int64_t n_blocks = n_in / SUB_BLOCK;
@@ -266,17 +272,21 @@ static ALWAYS_INLINE void product(const block_type type, const uint8_t *panel, i
     for (int64_t b = 0; b < n_blocks; b += CHUNK_BLOCKS) {
         int m = n_blocks - b < CHUNK_BLOCKS ? (int)(n_blocks - b) : CHUNK_BLOCKS;
         for (int i = 0; i < m; i++) unpack(type, &layout, panel + (b + i) / n_sub * layout.n_bytes, (int)((b + i) % n_sub), &chunk[i]);
-        for (int64_t t = 0; t < n; t += ACTIVATION_GROUP) {
-            int size = n - t < ACTIVATION_GROUP ? (int)(n - t) : ACTIVATION_GROUP;
-            group_multiply(type, chunk, m, quantized + activation_bytes(t, n_in) + b * size * ACTIVATION_BYTES, size, out + t * PANEL_ROWS);
+        for (int64_t t = 0; t < n; t += rows) {
+            int size = n - t < rows ? (int)(n - t) : rows;
+            group_multiply(type, pairs, chunk, m, quantized + activation_bytes(t, n_in, pairs) + b * size * activation_row_bytes(pairs),
+                           size, out + t * PANEL_ROWS);
         }
     }
 }
 
 #define PRODUCT(name)                                                                                                                      \
-    static void product_##name(const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, float *out)                        \
+    static void product_##name(const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, bool pairs, float *out)            \
     {                                                                                                                                      \
-        product(BLOCK_##name, panel, n_in, quantized, n, out);                                                                             \
+        if (pairs)                                                                                                                         \
+            product(BLOCK_##name, true, panel, n_in, quantized, n, out);                                                                   \
+        else                                                                                                                               \
+            product(BLOCK_##name, false, panel, n_in, quantized, n, out);                                                                  \
     }
 PRODUCT(Q4_0)
 PRODUCT(Q4_1)
@@ -290,20 +300,20 @@ PRODUCT(Q4_K)
 PRODUCT(Q5_K)
 PRODUCT(Q6_K)
 
-static void panel_product(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, float *out)
+static void panel_product(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, bool pairs, float *out)
 {
     switch ((int)type) {
-    case BLOCK_Q4_0: product_Q4_0(panel, n_in, quantized, n, out); break;
-    case BLOCK_Q4_1: product_Q4_1(panel, n_in, quantized, n, out); break;
-    case BLOCK_Q5_0: product_Q5_0(panel, n_in, quantized, n, out); break;
-    case BLOCK_Q5_1: product_Q5_1(panel, n_in, quantized, n, out); break;
-    case BLOCK_Q8_0: product_Q8_0(panel, n_in, quantized, n, out); break;
-    case BLOCK_IQ4_NL: product_IQ4_NL(panel, n_in, quantized, n, out); break;
-    case BLOCK_Q2_K: product_Q2_K(panel, n_in, quantized, n, out); break;
-    case BLOCK_Q3_K: product_Q3_K(panel, n_in, quantized, n, out); break;
-    case BLOCK_Q4_K: product_Q4_K(panel, n_in, quantized, n, out); break;
-    case BLOCK_Q5_K: product_Q5_K(panel, n_in, quantized, n, out); break;
-    default: product_Q6_K(panel, n_in, quantized, n, out); break;
+    case BLOCK_Q4_0: product_Q4_0(panel, n_in, quantized, n, pairs, out); break;
+    case BLOCK_Q4_1: product_Q4_1(panel, n_in, quantized, n, pairs, out); break;
+    case BLOCK_Q5_0: product_Q5_0(panel, n_in, quantized, n, pairs, out); break;
+    case BLOCK_Q5_1: product_Q5_1(panel, n_in, quantized, n, pairs, out); break;
+    case BLOCK_Q8_0: product_Q8_0(panel, n_in, quantized, n, pairs, out); break;
+    case BLOCK_IQ4_NL: product_IQ4_NL(panel, n_in, quantized, n, pairs, out); break;
+    case BLOCK_Q2_K: product_Q2_K(panel, n_in, quantized, n, pairs, out); break;
+    case BLOCK_Q3_K: product_Q3_K(panel, n_in, quantized, n, pairs, out); break;
+    case BLOCK_Q4_K: product_Q4_K(panel, n_in, quantized, n, pairs, out); break;
+    case BLOCK_Q5_K: product_Q5_K(panel, n_in, quantized, n, pairs, out); break;
+    default: product_Q6_K(panel, n_in, quantized, n, pairs, out); break;
     }
 }
 
@@ -320,6 +330,13 @@ static ALWAYS_INLINE uint32_t max_lanes(__m256i v)
     __m128i four = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
     return (uint32_t)_mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
+
+static ALWAYS_INLINE void store_quants(const __m256i *n, uint8_t *q)
+{
+    __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
+    bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); /* undoes the lane order of the packs */
+    _mm256_storeu_si256((__m256i *)(void *)q, bytes);
 }
 
 /* As in matmul_scalar.c, bit for bit. */
@@ -344,37 +361,49 @@ static ALWAYS_INLINE void quantize_block(const float *x, uint8_t *q, activation_
     __m256 inverse = _mm256_set1_ps(127 / largest);
     for (int i = 0; i < 4; i++) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
     int32_t lo = add_lanes(_mm256_add_epi32(n[0], n[1])), sum = lo + add_lanes(_mm256_add_epi32(n[2], n[3]));
-    __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
-    bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); /* undoes the lane order of the packs */
-    _mm256_storeu_si256((__m256i *)(void *)q, bytes);
+    store_quants(n, q);
     float d = largest / 127;
     *s = (activation_scale){d, d * (float)sum, -sum, -lo};
 }
 
 void activations_quantize_avx2(const float *x, int n, int64_t n_in, uint8_t *out)
 {
-    for (int64_t b = 0; b < n_in / SUB_BLOCK; b++, out += n * ACTIVATION_BYTES) {
+    for (int64_t b = 0; b < n_in / SUB_BLOCK; b++, out += n * activation_row_bytes(false)) {
         activation_scale *s = (activation_scale *)(void *)(out + n * SUB_BLOCK);
         for (int t = 0; t < n; t++) quantize_block(x + t * n_in + b * SUB_BLOCK, out + t * SUB_BLOCK, &s[t]);
     }
 }
 
+/* The second term of a block whose first is finite and not zero. */
+static ALWAYS_INLINE void quantize_rest(const float *x, const uint8_t *first, uint8_t *q, activation_scale *s)
+{
+    const __m256 d = _mm256_set1_ps(s->d), inverse = _mm256_set1_ps((1 << PAIR_BITS) / s->d);
+    __m256i n[4];
+    for (int i = 0; i < 4; i++) {
+        __m256 whole = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(first + 8 * i))));
+        n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x + 8 * i), _mm256_mul_ps(d, whole)), inverse));
+        n[i] = _mm256_max_epi32(_mm256_min_epi32(n[i], _mm256_set1_epi32(127)), _mm256_set1_epi32(-127));
+    }
+    int32_t lo = add_lanes(_mm256_add_epi32(n[0], n[1])), sum = lo + add_lanes(_mm256_add_epi32(n[2], n[3]));
+    store_quants(n, q);
+    s->minus = s->minus * (1 << PAIR_BITS) - sum;
+    s->minus_lo = s->minus_lo * (1 << PAIR_BITS) - lo;
+    s->d /= 1 << PAIR_BITS;
+    s->sum = s->d * (float)-s->minus;
+}
+
 void activations_quantize_pairs_avx2(const float *x, int n, int64_t n_in, uint8_t *out)
 {
-    for (int64_t b = 0; b < n_in / SUB_BLOCK; b++, out += 2 * n * ACTIVATION_BYTES) {
+    for (int64_t b = 0; b < n_in / SUB_BLOCK; b++, out += n * activation_row_bytes(true)) {
         activation_scale *s = (activation_scale *)(void *)(out + 2 * n * SUB_BLOCK);
         for (int t = 0; t < n; t++) {
             const float *row = x + t * n_in + b * SUB_BLOCK;
             uint8_t *q = out + 2 * t * SUB_BLOCK;
-            float rest[SUB_BLOCK];
-            quantize_block(row, q, &s[2 * t]);
-            const __m256 d = _mm256_set1_ps(s[2 * t].d), finite = _mm256_cmp_ps(d, d, _CMP_ORD_Q);
-            for (int i = 0; i < SUB_BLOCK; i += 8) {
-                __m256i n8 = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(q + i)));
-                __m256 left = _mm256_sub_ps(_mm256_loadu_ps(row + i), _mm256_mul_ps(d, _mm256_cvtepi32_ps(n8)));
-                _mm256_storeu_ps(rest + i, _mm256_and_ps(left, finite));
-            }
-            quantize_block(rest, q + SUB_BLOCK, &s[2 * t + 1]);
+            quantize_block(row, q, &s[t]);
+            if (s[t].d > 0)
+                quantize_rest(row, q, q + SUB_BLOCK, &s[t]);
+            else
+                memset(q + SUB_BLOCK, 0, SUB_BLOCK);
         }
     }
 }

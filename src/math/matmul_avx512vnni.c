@@ -1,10 +1,10 @@
 /* Integer products of 16 rows at a time: a dot product of four bytes per 32-bit lane. Weights are unsigned here, activations signed; what was added to
  * signed weights is taken back through the sum of the activations, as the start value of the integer sum (|sum| <= 255 * 127 * 32, exact).
  *
- * Up to 16 rows of activations (decode of one or several sessions) multiply weights as they are unpacked, in registers, four rows per pass over the panel. More
- * rows first unpack 256 inputs of the panel into the first-level cache and pass over them with tiles of up to 16 rows: 8 dot products and 3 or 4 other vector
- * operations per 512 products. On Zen 4, 1536 x 576, one thread: 278 Gop/s (Q4_1), 287 (Q8_0) of 340 the multipliers give, and for one row what memory gives
- * (bench/bench_matmul.c). */
+ * Up to 16 rows of activations, or 8 precise ones (decode of one or several sessions), multiply weights as they are unpacked, in registers, up to eight rows per
+ * pass over the panel. More rows first unpack 256 inputs of the panel into the first-level cache and pass over them with tiles of up to 16 rows: 8 dot products
+ * and 3 or 4 other vector operations per 512 products. On Zen 4, 1536 x 576, one thread: 278 Gop/s (Q4_1), 287 (Q8_0) of 340 the multipliers give, and for one
+ * row what memory gives. Eight precise rows, two threads: 11 GB/s of weights (Q4_1), which is 570 Gop/s (bench/bench_matmul.c). */
 #include <immintrin.h>
 #include <string.h>
 
@@ -12,7 +12,7 @@
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
-enum { FUSED_ROWS = 4, FUSED_MAX = 16, CHUNK_BLOCKS = 8, INTERLEAVE = 8 };
+enum { FUSED_ROWS = 8, CHUNK_BLOCKS = 8, INTERLEAVE = 8 };
 
 /* 32 inputs of a panel: q + offset as unsigned bytes. */
 typedef struct weights {
@@ -143,28 +143,47 @@ static ALWAYS_INLINE void unpack_scales(const block_type type, const panel_layou
     }
 }
 
-/* dot[n] += q · activations for n rows; rows are interleaved, a sum alone would wait for its last product. */
-static ALWAYS_INLINE void dot_rows(const int n, const __m512i *q, const uint8_t *quants, __m512i *dot)
+/* dot[n] += q · activations for n rows, `stride` bytes apart; rows are interleaved, a sum alone would wait for its last product. */
+static ALWAYS_INLINE void dot_rows(const int n, const int stride, const __m512i *q, const uint8_t *quants, __m512i *dot)
 {
     for (int v = 0; v < 8; v++) {
         for (int t = 0; t < n; t++) {
             int32_t four;
-            memcpy(&four, quants + t * SUB_BLOCK + 4 * v, sizeof four);
+            memcpy(&four, quants + t * stride + 4 * v, sizeof four);
             dot[t] = _mm512_dpbusd_epi32(dot[t], q[v], _mm512_set1_epi32(four));
         }
     }
 }
 
+/* dot[n] of n <= INTERLEAVE rows or pairs, from `start` on. */
+static ALWAYS_INLINE void dot_terms(const int n, const bool pairs, const __m512i *q, const uint8_t *quants, const __m512i *start,
+                                    __m512i *dot)
+{
+    const int stride = (pairs ? 2 : 1) * SUB_BLOCK;
+    for (int t = 0; t < n; t++) dot[t] = pairs ? _mm512_setzero_si512() : start[t];
+    dot_rows(n, stride, q, quants, dot);
+    if (!pairs) return;
+    if (n <= INTERLEAVE / 2) { /* the terms need not wait for each other */
+        __m512i second[INTERLEAVE / 2];
+        for (int t = 0; t < n; t++) second[t] = start[t];
+        dot_rows(n, stride, q, quants + SUB_BLOCK, second);
+        for (int t = 0; t < n; t++) dot[t] = _mm512_add_epi32(_mm512_slli_epi32(dot[t], PAIR_BITS), second[t]);
+        return;
+    }
+    for (int t = 0; t < n; t++) dot[t] = _mm512_add_epi32(_mm512_slli_epi32(dot[t], PAIR_BITS), start[t]);
+    dot_rows(n, stride, q, quants + SUB_BLOCK, dot);
+}
+
 /* acc[n] += 32 inputs with one scale per row. */
-static ALWAYS_INLINE void multiply_plain(const int n, const bool with_min, const unsigned shift, const weights *w, const uint8_t *quants,
-                                         const activation_scale *s, __m512 *acc)
+static ALWAYS_INLINE void multiply_plain(const int n, const bool pairs, const bool with_min, const unsigned shift, const weights *w,
+                                         const uint8_t *quants, const activation_scale *s, __m512 *acc)
 {
     for (int first = 0; first < n; first += INTERLEAVE) {
         const int m = n - first < INTERLEAVE ? n - first : INTERLEAVE;
-        __m512i dot[INTERLEAVE];
+        __m512i dot[INTERLEAVE], start[INTERLEAVE];
         for (int t = 0; t < m; t++)
-            dot[t] = with_min ? _mm512_setzero_si512() : _mm512_slli_epi32(_mm512_set1_epi32(s[first + t].minus), shift);
-        dot_rows(m, w->q, quants + first * SUB_BLOCK, dot);
+            start[t] = with_min ? _mm512_setzero_si512() : _mm512_slli_epi32(_mm512_set1_epi32(s[first + t].minus), shift);
+        dot_terms(m, pairs, w->q, quants + first * (pairs ? 2 : 1) * SUB_BLOCK, start, dot);
         for (int t = 0; t < m; t++) {
             __m512 *y = &acc[first + t];
             *y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[t]), _mm512_mul_ps(w->scale[0], _mm512_set1_ps(s[first + t].d)), *y);
@@ -183,16 +202,24 @@ static ALWAYS_INLINE __m512i dot_half(__m512i sum, const __m512i *q, const uint8
     return sum;
 }
 
-/* acc[n] += 32 inputs with a scale per 16. */
-static ALWAYS_INLINE void multiply_fine(const int n, const bool with_min, const unsigned shift, const weights *w, const uint8_t *quants,
-                                        const activation_scale *s, __m512 *acc)
+/* The dot product with 16 inputs of a row or a pair. */
+static ALWAYS_INLINE __m512i dot_half_terms(const bool pairs, __m512i start, const __m512i *q, const uint8_t *a)
 {
-    for (int t = 0; t < n; t++, quants += SUB_BLOCK) {
+    if (!pairs) return dot_half(start, q, a);
+    __m512i first = dot_half(_mm512_setzero_si512(), q, a);
+    return _mm512_add_epi32(_mm512_slli_epi32(first, PAIR_BITS), dot_half(start, q, a + SUB_BLOCK));
+}
+
+/* acc[n] += 32 inputs with a scale per 16. */
+static ALWAYS_INLINE void multiply_fine(const int n, const bool pairs, const bool with_min, const unsigned shift, const weights *w,
+                                        const uint8_t *quants, const activation_scale *s, __m512 *acc)
+{
+    for (int t = 0; t < n; t++, quants += (pairs ? 2 : 1) * SUB_BLOCK) {
         __m512 d = _mm512_set1_ps(s[t].d);
         __m512i minus_lo = _mm512_set1_epi32(s[t].minus_lo), minus_hi = _mm512_sub_epi32(_mm512_set1_epi32(s[t].minus), minus_lo);
         __m512i zero = _mm512_setzero_si512();
-        __m512i lo = dot_half(with_min ? zero : _mm512_slli_epi32(minus_lo, shift), w->q, quants);
-        __m512i hi = dot_half(with_min ? zero : _mm512_slli_epi32(minus_hi, shift), w->q + 4, quants + 16);
+        __m512i lo = dot_half_terms(pairs, with_min ? zero : _mm512_slli_epi32(minus_lo, shift), w->q, quants);
+        __m512i hi = dot_half_terms(pairs, with_min ? zero : _mm512_slli_epi32(minus_hi, shift), w->q + 4, quants + 16);
         acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(lo), _mm512_mul_ps(w->scale[0], d), acc[t]);
         acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(hi), _mm512_mul_ps(w->scale[1], d), acc[t]);
         if (!with_min) continue;
@@ -201,48 +228,52 @@ static ALWAYS_INLINE void multiply_fine(const int n, const bool with_min, const 
     }
 }
 
-static ALWAYS_INLINE void multiply(const int n, const bool fine, const bool with_min, const unsigned shift, const weights *w,
-                                   const uint8_t *quants, const activation_scale *s, __m512 *acc)
+static ALWAYS_INLINE void multiply(const int n, const bool pairs, const bool fine, const bool with_min, const unsigned shift,
+                                   const weights *w, const uint8_t *quants, const activation_scale *s, __m512 *acc)
 {
     if (fine)
-        multiply_fine(n, with_min, shift, w, quants, s, acc);
+        multiply_fine(n, pairs, with_min, shift, w, quants, s, acc);
     else
-        multiply_plain(n, with_min, shift, w, quants, s, acc);
+        multiply_plain(n, pairs, with_min, shift, w, quants, s, acc);
 }
 
 /* Few rows: n <= FUSED_ROWS of a group of `size`, unpacking in registers. */
-static ALWAYS_INLINE void fused(const block_type type, const int n, const panel_layout *layout, const uint8_t *panel, int64_t n_in,
-                                const uint8_t *quants, const uint8_t *scales, int size, float *out)
+static ALWAYS_INLINE void fused(const block_type type, const bool pairs, const int n, const panel_layout *layout, const uint8_t *panel,
+                                int64_t n_in, const uint8_t *group, int size, int first, float *out)
 {
-    const int n_sub = layout->n_weights / SUB_BLOCK;
+    const int n_sub = layout->n_weights / SUB_BLOCK, n_q = (pairs ? 2 : 1) * SUB_BLOCK, step = size * activation_row_bytes(pairs);
+    const uint8_t *quants = group + first * n_q, *scales = group + size * n_q + first * (int)sizeof(activation_scale);
     __m512 acc[FUSED_ROWS];
     for (int t = 0; t < n; t++) acc[t] = _mm512_setzero_ps();
     for (int64_t b = 0; b < n_in / layout->n_weights; b++, panel += layout->n_bytes) {
         const uint8_t *plane = panel + layout->planes;
-        for (int sub = 0; sub < n_sub;
-             sub++, plane += layout->sub_bytes, quants += size * ACTIVATION_BYTES, scales += size * ACTIVATION_BYTES) {
+        for (int sub = 0; sub < n_sub; sub++, plane += layout->sub_bytes, quants += step, scales += step) {
             weights w;
             unpack_quants(type, plane, w.q);
             unpack_scales(type, layout, panel, sub, &w);
-            multiply(n, type_is_fine(type), type_has_min(type), (unsigned)type_shift(type), &w, quants,
+            multiply(n, pairs, type_is_fine(type), type_has_min(type), (unsigned)type_shift(type), &w, quants,
                      (const activation_scale *)(const void *)scales, acc);
         }
     }
-    for (int t = 0; t < n; t++) _mm512_storeu_ps(out + t * PANEL_ROWS, acc[t]);
+    for (int t = 0; t < n; t++) _mm512_storeu_ps(out + (first + t) * PANEL_ROWS, acc[t]);
 }
 
 /* One group. After the first pass the panel comes from the cache. */
-static ALWAYS_INLINE void fused_group(const block_type type, const panel_layout *layout, const uint8_t *panel, int64_t n_in,
-                                      const uint8_t *group, int size, float *out)
+static ALWAYS_INLINE void fused_group(const block_type type, const bool pairs, const panel_layout *layout, const uint8_t *panel,
+                                      int64_t n_in, const uint8_t *group, int size, float *out)
 {
-    for (int t = 0; t < size; t += FUSED_ROWS, out += FUSED_ROWS * PANEL_ROWS) {
-        const uint8_t *quants = group + t * SUB_BLOCK, *scales = group + size * SUB_BLOCK + t * (int)sizeof(activation_scale);
-        switch (size - t) {
-        case 1: fused(type, 1, layout, panel, n_in, quants, scales, size, out); break;
-        case 2: fused(type, 2, layout, panel, n_in, quants, scales, size, out); break;
-        case 3: fused(type, 3, layout, panel, n_in, quants, scales, size, out); break;
-        default: fused(type, 4, layout, panel, n_in, quants, scales, size, out); break;
-        }
+    for (int t = 0; t < size;) {
+        int left = size - t;
+        if (left >= 8)
+            fused(type, pairs, 8, layout, panel, n_in, group, size, t, out), t += 8;
+        else if (left >= 4)
+            fused(type, pairs, 4, layout, panel, n_in, group, size, t, out), t += 4;
+        else if (left == 3)
+            fused(type, pairs, 3, layout, panel, n_in, group, size, t, out), t += 3;
+        else if (left == 2)
+            fused(type, pairs, 2, layout, panel, n_in, group, size, t, out), t += 2;
+        else
+            fused(type, pairs, 1, layout, panel, n_in, group, size, t, out), t += 1;
     }
 }
 
@@ -260,72 +291,70 @@ static ALWAYS_INLINE void unpack(const block_type type, const panel_layout *layo
     }
 }
 
-/* out[n] += n_blocks sub-blocks; n rows of a group of `size`. */
-static ALWAYS_INLINE void tile(const int n, const bool fine, const bool with_min, const weights *w, int n_blocks, const uint8_t *quants,
-                               const uint8_t *scales, int size, float *out)
+/* out[n] += n_blocks sub-blocks; n rows of a group of `size` from row `first` on. */
+static ALWAYS_INLINE void tile(const int n, const bool pairs, const bool fine, const bool with_min, const weights *w, int n_blocks,
+                               const uint8_t *group, int size, int first, float *out)
 {
+    const int n_q = (pairs ? 2 : 1) * SUB_BLOCK, step = size * activation_row_bytes(pairs);
+    const uint8_t *quants = group + first * n_q, *scales = group + size * n_q + first * (int)sizeof(activation_scale);
     __m512 acc[ACTIVATION_GROUP];
+    out += first * PANEL_ROWS;
     for (int t = 0; t < n; t++) acc[t] = _mm512_loadu_ps(out + t * PANEL_ROWS);
-    for (int b = 0; b < n_blocks; b++, quants += size * ACTIVATION_BYTES, scales += size * ACTIVATION_BYTES)
-        multiply(n, fine, with_min, 7, &w[b], quants, (const activation_scale *)(const void *)scales, acc);
+    for (int b = 0; b < n_blocks; b++, quants += step, scales += step)
+        multiply(n, pairs, fine, with_min, 7, &w[b], quants, (const activation_scale *)(const void *)scales, acc);
     for (int t = 0; t < n; t++) _mm512_storeu_ps(out + t * PANEL_ROWS, acc[t]);
 }
 
 /* One group of `size` rows in tiles of 16, 8, 4, 2 and 1. */
-static ALWAYS_INLINE void group_multiply(const bool fine, const bool with_min, const weights *w, int n_blocks, const uint8_t *group,
-                                         int size, float *out)
+static ALWAYS_INLINE void group_multiply(const bool pairs, const bool fine, const bool with_min, const weights *w, int n_blocks,
+                                         const uint8_t *group, int size, float *out)
 {
     for (int t = 0; t < size;) {
-        const uint8_t *quants = group + t * SUB_BLOCK, *scales = group + size * SUB_BLOCK + t * (int)sizeof(activation_scale);
-        float *y = out + t * PANEL_ROWS;
         int left = size - t;
-        if (left >= 16)
-            tile(16, fine, with_min, w, n_blocks, quants, scales, size, y), t += 16;
+        if (left >= 16 && !pairs)
+            tile(16, pairs, fine, with_min, w, n_blocks, group, size, t, out), t += 16;
         else if (left >= 8)
-            tile(8, fine, with_min, w, n_blocks, quants, scales, size, y), t += 8;
+            tile(8, pairs, fine, with_min, w, n_blocks, group, size, t, out), t += 8;
         else if (left >= 4)
-            tile(4, fine, with_min, w, n_blocks, quants, scales, size, y), t += 4;
+            tile(4, pairs, fine, with_min, w, n_blocks, group, size, t, out), t += 4;
         else if (left >= 2)
-            tile(2, fine, with_min, w, n_blocks, quants, scales, size, y), t += 2;
+            tile(2, pairs, fine, with_min, w, n_blocks, group, size, t, out), t += 2;
         else
-            tile(1, fine, with_min, w, n_blocks, quants, scales, size, y), t += 1;
+            tile(1, pairs, fine, with_min, w, n_blocks, group, size, t, out), t += 1;
     }
 }
 
 typedef void (*group_fn)(const weights *w, int n_blocks, const uint8_t *group, int size, float *out);
 
-static void group_plain(const weights *w, int n_blocks, const uint8_t *group, int size, float *out)
-{
-    group_multiply(false, false, w, n_blocks, group, size, out);
-}
+#define GROUP(name, pairs, fine, with_min)                                                                                                 \
+    static void name(const weights *w, int n_blocks, const uint8_t *group, int size, float *out)                                           \
+    {                                                                                                                                      \
+        group_multiply(pairs, fine, with_min, w, n_blocks, group, size, out);                                                              \
+    }
+GROUP(rows_plain, false, false, false)
+GROUP(rows_min, false, false, true)
+GROUP(rows_fine, false, true, false)
+GROUP(rows_fine_min, false, true, true)
+GROUP(pairs_plain, true, false, false)
+GROUP(pairs_min, true, false, true)
+GROUP(pairs_fine, true, true, false)
+GROUP(pairs_fine_min, true, true, true)
 
-static void group_min(const weights *w, int n_blocks, const uint8_t *group, int size, float *out)
-{
-    group_multiply(false, true, w, n_blocks, group, size, out);
-}
+/* [pairs][fine][with_min] */
+static const group_fn group_functions[2][2][2] = {{{rows_plain, rows_min}, {rows_fine, rows_fine_min}},
+                                                  {{pairs_plain, pairs_min}, {pairs_fine, pairs_fine_min}}};
 
-static void group_fine(const weights *w, int n_blocks, const uint8_t *group, int size, float *out)
+static ALWAYS_INLINE void product(const block_type type, const bool pairs, const uint8_t *panel, int64_t n_in, const uint8_t *quantized,
+                                  int64_t n, float *out)
 {
-    group_multiply(true, false, w, n_blocks, group, size, out);
-}
-
-static void group_fine_min(const weights *w, int n_blocks, const uint8_t *group, int size, float *out)
-{
-    group_multiply(true, true, w, n_blocks, group, size, out);
-}
-
-static ALWAYS_INLINE void product(const block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n,
-                                  float *out)
-{
+    const int rows = activation_group(pairs);
     panel_layout layout;
     panel_layout_get(type, &layout);
-    if (n <= FUSED_MAX) {
-        fused_group(type, &layout, panel, n_in, quantized, (int)n, out);
+    if (n <= rows) {
+        fused_group(type, pairs, &layout, panel, n_in, quantized, (int)n, out);
         return;
     }
-    const group_fn multiply_group = type_is_fine(type)   ? (type_has_min(type) ? group_fine_min : group_fine)
-                                    : type_has_min(type) ? group_min
-                                                         : group_plain;
+    const group_fn multiply_group = group_functions[pairs][type_is_fine(type)][type_has_min(type)];
     const int64_t n_blocks = n_in / SUB_BLOCK;
     const int n_sub = layout.n_weights / SUB_BLOCK;
     weights chunk[CHUNK_BLOCKS];
@@ -333,17 +362,21 @@ static ALWAYS_INLINE void product(const block_type type, const uint8_t *panel, i
     for (int64_t b = 0; b < n_blocks; b += CHUNK_BLOCKS) {
         int m = n_blocks - b < CHUNK_BLOCKS ? (int)(n_blocks - b) : CHUNK_BLOCKS;
         for (int i = 0; i < m; i++) unpack(type, &layout, panel + (b + i) / n_sub * layout.n_bytes, (int)((b + i) % n_sub), &chunk[i]);
-        for (int64_t t = 0; t < n; t += ACTIVATION_GROUP) {
-            int size = n - t < ACTIVATION_GROUP ? (int)(n - t) : ACTIVATION_GROUP;
-            multiply_group(chunk, m, quantized + activation_bytes(t, n_in) + b * size * ACTIVATION_BYTES, size, out + t * PANEL_ROWS);
+        for (int64_t t = 0; t < n; t += rows) {
+            int size = n - t < rows ? (int)(n - t) : rows;
+            multiply_group(chunk, m, quantized + activation_bytes(t, n_in, pairs) + b * size * activation_row_bytes(pairs), size,
+                           out + t * PANEL_ROWS);
         }
     }
 }
 
 #define PRODUCT(name)                                                                                                                      \
-    static void product_##name(const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, float *out)                        \
+    static void product_##name(const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, bool pairs, float *out)            \
     {                                                                                                                                      \
-        product(BLOCK_##name, panel, n_in, quantized, n, out);                                                                             \
+        if (pairs)                                                                                                                         \
+            product(BLOCK_##name, true, panel, n_in, quantized, n, out);                                                                   \
+        else                                                                                                                               \
+            product(BLOCK_##name, false, panel, n_in, quantized, n, out);                                                                  \
     }
 PRODUCT(Q4_0)
 PRODUCT(Q4_1)
@@ -357,20 +390,20 @@ PRODUCT(Q4_K)
 PRODUCT(Q5_K)
 PRODUCT(Q6_K)
 
-static void panel_product(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, float *out)
+static void panel_product(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, bool pairs, float *out)
 {
     switch ((int)type) {
-    case BLOCK_Q4_0: product_Q4_0(panel, n_in, quantized, n, out); break;
-    case BLOCK_Q4_1: product_Q4_1(panel, n_in, quantized, n, out); break;
-    case BLOCK_Q5_0: product_Q5_0(panel, n_in, quantized, n, out); break;
-    case BLOCK_Q5_1: product_Q5_1(panel, n_in, quantized, n, out); break;
-    case BLOCK_Q8_0: product_Q8_0(panel, n_in, quantized, n, out); break;
-    case BLOCK_IQ4_NL: product_IQ4_NL(panel, n_in, quantized, n, out); break;
-    case BLOCK_Q2_K: product_Q2_K(panel, n_in, quantized, n, out); break;
-    case BLOCK_Q3_K: product_Q3_K(panel, n_in, quantized, n, out); break;
-    case BLOCK_Q4_K: product_Q4_K(panel, n_in, quantized, n, out); break;
-    case BLOCK_Q5_K: product_Q5_K(panel, n_in, quantized, n, out); break;
-    default: product_Q6_K(panel, n_in, quantized, n, out); break;
+    case BLOCK_Q4_0: product_Q4_0(panel, n_in, quantized, n, pairs, out); break;
+    case BLOCK_Q4_1: product_Q4_1(panel, n_in, quantized, n, pairs, out); break;
+    case BLOCK_Q5_0: product_Q5_0(panel, n_in, quantized, n, pairs, out); break;
+    case BLOCK_Q5_1: product_Q5_1(panel, n_in, quantized, n, pairs, out); break;
+    case BLOCK_Q8_0: product_Q8_0(panel, n_in, quantized, n, pairs, out); break;
+    case BLOCK_IQ4_NL: product_IQ4_NL(panel, n_in, quantized, n, pairs, out); break;
+    case BLOCK_Q2_K: product_Q2_K(panel, n_in, quantized, n, pairs, out); break;
+    case BLOCK_Q3_K: product_Q3_K(panel, n_in, quantized, n, pairs, out); break;
+    case BLOCK_Q4_K: product_Q4_K(panel, n_in, quantized, n, pairs, out); break;
+    case BLOCK_Q5_K: product_Q5_K(panel, n_in, quantized, n, pairs, out); break;
+    default: product_Q6_K(panel, n_in, quantized, n, pairs, out); break;
     }
 }
 

@@ -66,10 +66,12 @@ typedef struct panel_values {
 
 void panel_unpack(block_type type, const panel_layout *layout, const uint8_t *block, int sub, panel_values *values);
 
-/* Quantised activations: groups of ACTIVATION_GROUP rows (the last one smaller), the most a register tile takes. A group of n rows is, for each 32
- * inputs,
+/* Quantised activations: groups of rows (the last one smaller), the most a register tile takes. A group of n rows is, for each 32 inputs,
  *
- *     [int8 quants [n][32]] [activation_scale [n]]
+ *     [int8 quants [n][32]] [activation_scale [n]]              ACTIVATION_GROUP rows
+ *     [int8 quants [n][2][32]] [activation_scale [n]]           precise, half as many: q = 256 * first + second
+ *
+ * The second term counts in 256ths of the first, so that one integer holds the dot product of both: |sum| <= 256 * 255 * 127 * 32 < 2^28.
  */
 typedef struct activation_scale {
     float d;          /* x = d * q; NaN if any of the 32 is not finite */
@@ -78,7 +80,18 @@ typedef struct activation_scale {
     int32_t minus_lo; /* -sum of the first 16 q */
 } activation_scale;
 
-enum { ACTIVATION_GROUP = 16, ACTIVATION_BYTES = SUB_BLOCK + sizeof(activation_scale) };
+enum { ACTIVATION_GROUP = 16, PAIR_BITS = 8 };
+
+/* Bytes of 32 inputs of a row, and rows of a full group. */
+static inline int activation_row_bytes(bool pairs)
+{
+    return (pairs ? 2 : 1) * SUB_BLOCK + (int)sizeof(activation_scale);
+}
+
+static inline int activation_group(bool pairs)
+{
+    return pairs ? ACTIVATION_GROUP / 2 : ACTIVATION_GROUP;
+}
 
 /* The result of each output is one chain of f32 operations in the order of the inputs, the same for every batch size, tile and instruction set: per 32
  * inputs (16 where a scale spans 16)
@@ -89,18 +102,18 @@ enum { ACTIVATION_GROUP = 16, ACTIVATION_BYTES = SUB_BLOCK + sizeof(activation_s
 struct matmul_kernels {
     /* One group: x[n][n_in] to the layout above. */
     void (*quantize)(const float *x, int n, int64_t n_in, uint8_t *out);
-    /* The same for precise activations: a group of 2n rows, each followed by its remainder x - d * q (0 where d is NaN). */
+    /* The same for precise activations, n <= ACTIVATION_GROUP / 2. */
     void (*quantize_pairs)(const float *x, int n, int64_t n_in, uint8_t *out);
-    /* out[n][16] = one panel times n rows, from the start of a group on. */
-    void (*panel)(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, float *out);
+    /* out[n][16] = one panel times n rows (pairs: precise ones), from the start of a group on. */
+    void (*panel)(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, bool pairs, float *out);
     /* out[n][16] = n_w <= 16 rows of F32, F16 or BF16 weights times x[n][n_in]; columns from n_w on are not written. */
     void (*floats)(block_type type, const void *w, int n_w, int64_t n_in, const float *x, int64_t n, float *out);
 };
 
 /* Bytes of quantised activations of n rows. */
-static inline size_t activation_bytes(int64_t n, int64_t n_in)
+static inline size_t activation_bytes(int64_t n, int64_t n_in, bool pairs)
 {
-    return (size_t)n * (size_t)((n_in + SUB_BLOCK - 1) / SUB_BLOCK) * ACTIVATION_BYTES;
+    return (size_t)n * (size_t)((n_in + SUB_BLOCK - 1) / SUB_BLOCK) * (size_t)activation_row_bytes(pairs);
 }
 
 /* The functions of the tables; a table may borrow those of a lower level. */

@@ -31,23 +31,38 @@ static void quantize_block(const float *x, int8_t *q, activation_scale *s)
 
 void activations_quantize_scalar(const float *x, int n, int64_t n_in, uint8_t *out)
 {
-    for (int64_t b = 0; b < n_in / SUB_BLOCK; b++, out += n * ACTIVATION_BYTES) {
+    for (int64_t b = 0; b < n_in / SUB_BLOCK; b++, out += n * activation_row_bytes(false)) {
         activation_scale *s = (activation_scale *)(void *)(out + n * SUB_BLOCK);
         for (int t = 0; t < n; t++) quantize_block(x + t * n_in + b * SUB_BLOCK, (int8_t *)out + t * SUB_BLOCK, &s[t]);
     }
 }
 
+/* The second term of a block: what the first left, in 256ths of its unit; s becomes that of both. */
+static void quantize_rest(const float *x, const int8_t *first, int8_t *q, activation_scale *s)
+{
+    float d = s->d, inverse = d > 0 ? (1 << PAIR_BITS) / d : 0; /* NaN: 0 */
+    int sum = 0, sum_lo = 0;
+    for (int i = 0; i < SUB_BLOCK; i++) {
+        float rest = inverse != 0 ? rintf((x[i] - d * (float)first[i]) * inverse) : 0;
+        q[i] = (int8_t)(rest > 127 ? 127 : rest < -127 ? -127 : rest); /* the units of half the first's are 128 of ours */
+        sum += q[i];
+        if (i == 15) sum_lo = sum;
+    }
+    s->minus = s->minus * (1 << PAIR_BITS) - sum;
+    s->minus_lo = s->minus_lo * (1 << PAIR_BITS) - sum_lo;
+    s->d = d / (1 << PAIR_BITS);
+    s->sum = s->d * (float)-s->minus;
+}
+
 static void quantize_pairs(const float *x, int n, int64_t n_in, uint8_t *out)
 {
-    for (int64_t b = 0; b < n_in / SUB_BLOCK; b++, out += 2 * n * ACTIVATION_BYTES) {
+    for (int64_t b = 0; b < n_in / SUB_BLOCK; b++, out += n * activation_row_bytes(true)) {
         activation_scale *s = (activation_scale *)(void *)(out + 2 * n * SUB_BLOCK);
         for (int t = 0; t < n; t++) {
             const float *row = x + t * n_in + b * SUB_BLOCK;
             int8_t *q = (int8_t *)out + 2 * t * SUB_BLOCK;
-            float rest[SUB_BLOCK] = {0};
-            quantize_block(row, q, &s[2 * t]);
-            for (int i = 0; i < SUB_BLOCK && !isnan(s[2 * t].d); i++) rest[i] = row[i] - s[2 * t].d * (float)q[i];
-            quantize_block(rest, q + SUB_BLOCK, &s[2 * t + 1]);
+            quantize_block(row, q, &s[t]);
+            quantize_rest(row, q, q + SUB_BLOCK, &s[t]);
         }
     }
 }
@@ -60,9 +75,14 @@ static int dot_half(const panel_values *w, int row, int half, const int8_t *q)
     return sum;
 }
 
-static float accumulate(const block_traits *t, const panel_values *w, int row, const int8_t *q, const activation_scale *s, float y)
+static float accumulate(const block_traits *t, const panel_values *w, int row, const int8_t *q, bool pair, const activation_scale *s,
+                        float y)
 {
     int lo = dot_half(w, row, 0, q), hi = dot_half(w, row, 1, q);
+    if (pair) {
+        lo = lo * (1 << PAIR_BITS) + dot_half(w, row, 0, q + SUB_BLOCK);
+        hi = hi * (1 << PAIR_BITS) + dot_half(w, row, 1, q + SUB_BLOCK);
+    }
     if (!t->fine) {
         y = fmaf((float)(lo + hi), w->scale[0][row] * s->d, y);
         return t->has_m ? fmaf(w->min[0][row], s->sum, y) : y;
@@ -74,23 +94,23 @@ static float accumulate(const block_traits *t, const panel_values *w, int row, c
     return fmaf(w->min[1][row], s->d * (float)(s->minus_lo - s->minus), y);
 }
 
-static void panel_product(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, float *out)
+static void panel_product(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, bool pairs, float *out)
 {
     const block_traits *traits = block_traits_get(type);
     panel_layout layout;
     panel_layout_get(type, &layout);
-    int n_sub = layout.n_weights / SUB_BLOCK;
+    int n_sub = layout.n_weights / SUB_BLOCK, n_q = (pairs ? 2 : 1) * SUB_BLOCK, group = activation_group(pairs);
     memset(out, 0, (size_t)n * PANEL_ROWS * sizeof *out);
     for (int64_t b = 0; b < n_in / SUB_BLOCK; b++) {
         panel_values w;
         panel_unpack(type, &layout, panel + b / n_sub * layout.n_bytes, (int)(b % n_sub), &w);
         for (int64_t t = 0; t < n; t++) {
-            int64_t first = t / ACTIVATION_GROUP * ACTIVATION_GROUP, size = n - first < ACTIVATION_GROUP ? n - first : ACTIVATION_GROUP;
-            const uint8_t *block = quantized + activation_bytes(first, n_in) + (size_t)(b * size) * ACTIVATION_BYTES;
-            const activation_scale *s = (const activation_scale *)(const void *)(block + size * SUB_BLOCK) + (t - first);
+            int64_t first = t / group * group, size = n - first < group ? n - first : group;
+            const uint8_t *block = quantized + activation_bytes(first, n_in, pairs) + b * size * activation_row_bytes(pairs);
+            const activation_scale *s = (const activation_scale *)(const void *)(block + size * n_q) + (t - first);
             float *y = out + t * PANEL_ROWS;
             for (int row = 0; row < PANEL_ROWS; row++)
-                y[row] = accumulate(traits, &w, row, (const int8_t *)block + (t - first) * SUB_BLOCK, s, y[row]);
+                y[row] = accumulate(traits, &w, row, (const int8_t *)block + (t - first) * n_q, pairs, s, y[row]);
         }
     }
 }
