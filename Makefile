@@ -14,7 +14,7 @@ demo:
 check:
 	@scripts/check.sh
 
-# bench/compare.py -h tells the options; pass them as ARGS="-r 3".
+# bench/compare.py -h tells the options; pass them as ARGS="-l depth0,read".
 bench:
 	@scripts/install-deps.sh bench
 	@$(MAKE) --no-print-directory all
