@@ -27,7 +27,7 @@ enum {
     SMALL = 1 << 16, /* floats of the buffer for vectors */
     EVICT_BYTES = 128 << 20,
     MAX_THREADS = 64,
-    ROUNDS = 15,
+    ROUNDS = 51,
 };
 
 /* Where a kernel's bytes come from, and which operations it does. */
@@ -148,7 +148,7 @@ static void measure(bench *b, kernel k)
     int rounds = 0;
     if (k.times == 0) k.times = 1;
     run_once(b, &k); /* warms up */
-    while (rounds < ROUNDS && (rounds < 3 || bench_now() - begin < 1.5)) seconds[rounds++] = run_once(b, &k);
+    while (rounds < ROUNDS && (rounds < 3 || bench_now() - begin < 1)) seconds[rounds++] = run_once(b, &k);
     qsort(seconds, (size_t)rounds, sizeof *seconds, ascending);
     double s = seconds[rounds / 2];
     const char *bytes_name, *ops_name = "";
