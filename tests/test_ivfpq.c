@@ -451,6 +451,24 @@ static void appending_in_blocks_equals_appending_at_once(void **state)
     close_world(&w);
 }
 
+static void full_segments_grow_with_what_lies_before_them(void **state)
+{
+    (void)state;
+    world w = open_world(4000, 64, 2, KV_F16, "segment=256", 51);
+    observe(&w, 600);
+    write_rows(&w, 0, w.n);
+    append(&w, w.p, w.kv, (w.n - ATTN_WINDOW - ATTN_SINKS) / ATTN_BLOCK * ATTN_BLOCK);
+    const ivfpq *p = (const ivfpq *)w.p;
+    const int64_t expected[] = {256, 256, 512, 1024, 1024};
+    assert_int_equal(p->n_sealed, TEST_COUNT(expected));
+    for (int64_t i = 0, first = ATTN_SINKS; i < p->n_sealed; first += expected[i++]) {
+        assert_int_equal(p->sealed[i]->n, expected[i]);
+        assert_int_equal(p->sealed[i]->first, first);
+    }
+    assert_true(p->n_open < ivfpq_full_segment(p, p->open_first));
+    close_world(&w);
+}
+
 /* Reads 1,400 tokens in batches as a session does; returns the codes of all sealed segments of the first part. */
 static uint8_t *read_in_batches(int64_t batch, const float *q, size_t *n_bytes)
 {
@@ -775,6 +793,7 @@ int main(void)
         cmocka_unit_test(selection_finds_most_of_the_heaviest_tokens),
         cmocka_unit_test(a_needle_is_always_selected),
         cmocka_unit_test(appending_in_blocks_equals_appending_at_once),
+        cmocka_unit_test(full_segments_grow_with_what_lies_before_them),
         cmocka_unit_test(the_index_does_not_depend_on_the_size_of_batches),
         cmocka_unit_test(few_tokens_train_no_tables_and_are_read_exactly),
         cmocka_unit_test(a_fork_shares_segments_and_then_goes_its_own_way),

@@ -49,8 +49,10 @@ static attn_policy *ivfpq_create(const attn_shape *shape, const math_kernels *ke
     ivfpq_options o = {
         .budget = 0.02, .min = 64, .threshold = 0.0004, .max = 0.08, .size = 32, .alpha = 0.5, .shrink = 0.05, .segment = 2048, .tail = 1};
     const attn_option table[] = {
-        {"budget", &o.budget, 0, 1}, {"min", &o.min, 1, 1e9},   {"threshold", &o.threshold, 0, 1}, {"max", &o.max, 0, 1},
-        {"size", &o.size, 1, 1024},  {"alpha", &o.alpha, 0, 2}, {"shrink", &o.shrink, 1e-6, 1},    {"segment", &o.segment, 128, 65536},
+        {"budget", &o.budget, 0, 1},       {"min", &o.min, 1, 1e9},
+        {"threshold", &o.threshold, 0, 1}, {"max", &o.max, 0, 1},
+        {"size", &o.size, 1, 1024},        {"alpha", &o.alpha, 0, 2},
+        {"shrink", &o.shrink, 1e-6, 1},    {"segment", &o.segment, 128, IVFPQ_LARGEST},
         {"tail", &o.tail, 0, 1},
     };
     if (attn_options_parse("ivfpq", spec, table, (int)(sizeof table / sizeof *table), error) != QUARRY_OK) return NULL;
@@ -69,7 +71,7 @@ static attn_policy *ivfpq_fork(const attn_policy *policy, quarry_error *error)
     ivfpq *p = ivfpq_new(&from->base.shape, from->base.kernels, &from->options, error);
     if (!p) return NULL;
     if (from->open) {
-        p->open = ivfpq_segment_create(p, p->segment, false, error);
+        p->open = ivfpq_segment_create(p, from->open->n, false, error);
         if (!p->open) goto fail;
         memcpy(p->open->memory, from->open->memory, from->open->bytes);
     }
@@ -111,7 +113,7 @@ static void ivfpq_observe(attn_policy *policy, int layer, int head, const float 
     ivfpq *p = of(policy);
     int part = layer * p->base.shape.kv.n_head_kv + head;
     size_t at = (size_t)part * (size_t)p->d * (size_t)p->d;
-    int64_t now = p->open_first + p->segment - first;
+    int64_t now = p->open_first + ivfpq_full_segment(p, p->open_first) - first;
     now = now < 0 ? 0 : ivfpq_min64(now, n);
     add_queries(p, p->moments + at, p->n_queries + part, q, first, now);
     add_queries(p, p->ahead + at, p->n_ahead + part, q + now * p->group * p->d, first + now, n - now);
@@ -167,7 +169,7 @@ const attn_policy_type attn_ivfpq = {
                "size=32           tokens per cluster\n"
                "alpha=0.5         power of the query statistics in the metric of the codes\n"
                "shrink=0.05       what is added to their eigenvalues\n"
-               "segment=2048      tokens per segment of the index\n"
+               "segment=2048      tokens per segment of the index; up to four times as many where so many lie before it\n"
                "tail=1            0: drop the unread tokens instead of estimating them\n",
     .create = ivfpq_create,
     .destroy = ivfpq_destroy,

@@ -13,7 +13,8 @@
  * cut their segment.
  *
  * A segment is sealed when it is full, and at the end of a prompt if it is worth tables of its own: the first from IVFPQ_FIRST_SEAL
- * tokens on, a later one from a quarter of a full segment on. */
+ * tokens on, a later one from a quarter of the smallest full segment on. Full segments grow with what lies before them, because a decode
+ * step makes the tables of every segment anew, and building a part (quadratic in its tokens) stays a constant share of reading. */
 #ifndef ATTN_IVFPQ_H
 #define ATTN_IVFPQ_H
 
@@ -24,6 +25,8 @@ enum {
     IVFPQ_RUN = 16,         /* tokens per cluster of the open segment */
     IVFPQ_FIRST_SEAL = 128, /* fewer tokens than this train no tables: they stay open */
     IVFPQ_LATER_SEAL = 4,   /* part of a full segment */
+    IVFPQ_GROWTH = 4,       /* the largest full segments are so many times the smallest */
+    IVFPQ_LARGEST = 65536,  /* tokens of a segment: clusters have 16-bit numbers */
 };
 
 typedef struct ivfpq_options {
@@ -65,7 +68,7 @@ typedef struct ivfpq {
     attn_policy base;
     ivfpq_options options;
     int d, group, n_sub, n_parts; /* n_parts = n_layer * n_head_kv */
-    int64_t segment;              /* tokens of a full segment */
+    int64_t segment;              /* tokens of the smallest full segments */
     ivfpq_segment **sealed;       /* [n_sealed], then [n_pending] that the current step fills */
     int64_t n_sealed, n_pending, capacity;
     ivfpq_segment *open; /* NULL until the first append; never shared */
@@ -84,6 +87,9 @@ static inline int64_t ivfpq_min64(int64_t a, int64_t b)
 }
 
 /* ---- ivfpq_build.c ---- */
+
+/* Tokens of the segment that begins at position `first`, when it is full. */
+int64_t ivfpq_full_segment(const ivfpq *p, int64_t first);
 
 /* A segment for n tokens; the open one (sealed = false) has no tables. */
 ivfpq_segment *ivfpq_segment_create(const ivfpq *p, int64_t n, bool sealed, quarry_error *error);

@@ -301,34 +301,59 @@ static void code_open(builder *b, int64_t index, int64_t first, int64_t from, in
 
 /* ---- a step ---- */
 
+int64_t ivfpq_full_segment(const ivfpq *p, int64_t first)
+{
+    int64_t n = p->segment, past = first - ATTN_SINKS;
+    while (2 * n <= past && 2 * n <= IVFPQ_GROWTH * p->segment && 2 * n <= IVFPQ_LARGEST) n *= 2;
+    return n;
+}
+
+static int64_t pending_tokens(const ivfpq *p)
+{
+    int64_t n = 0;
+    for (int64_t i = 0; i < p->n_pending; i++) n += p->sealed[p->n_sealed + i]->n;
+    return n;
+}
+
+/* A larger open segment once those before it are sealed: nothing of the old one is needed then. */
+static quarry_code grow_open(ivfpq *p, int64_t n, quarry_error *error)
+{
+    if (p->open && p->open->n >= n) return QUARRY_OK;
+    ivfpq_segment *open = ivfpq_segment_create(p, n, false, error);
+    if (!open) return QUARRY_ERROR_MEMORY;
+    ivfpq_segment_release(p->open);
+    p->open = open;
+    return QUARRY_OK;
+}
+
 quarry_code ivfpq_reserve(attn_policy *policy, int64_t n, quarry_error *error)
 {
     ivfpq *p = (ivfpq *)policy;
     ivfpq_drop_pending(p);
-    if (!p->open && !(p->open = ivfpq_segment_create(p, p->segment, false, error))) return QUARRY_ERROR_MEMORY;
-    int64_t full = (p->n_open + n) / p->segment;
-    for (int64_t i = 0; i < full; i++) {
-        quarry_code code = push_pending(p, p->open_first + i * p->segment, p->segment, error);
-        if (code == QUARRY_OK) continue;
-        ivfpq_drop_pending(p);
-        return code;
-    }
-    return QUARRY_OK;
+    int64_t first = p->open_first, rest = p->n_open + n, full;
+    quarry_code code = QUARRY_OK;
+    for (; rest >= (full = ivfpq_full_segment(p, first)) && code == QUARRY_OK; first += full, rest -= full)
+        code = push_pending(p, first, full, error);
+    if (code == QUARRY_OK) code = grow_open(p, full, error);
+    if (code != QUARRY_OK) ivfpq_drop_pending(p);
+    return code;
 }
 
 void ivfpq_append(attn_policy *policy, int layer, int head, const kv_seq *kv, int64_t n, arena *scratch)
 {
     ivfpq *p = (ivfpq *)policy;
     ivfpq_status *open = ivfpq_part_of(p, p->open, layer * p->base.shape.kv.n_head_kv + head).status;
-    int64_t rest = (p->n_open + n) % p->segment, end = p->n_sealed + p->n_pending, from = p->n_pending || !open->coded ? 0 : p->n_coded;
+    int64_t closed = pending_tokens(p), rest = p->n_open + n - closed, end = p->n_sealed + p->n_pending;
+    int64_t from = closed || !open->coded ? 0 : p->n_coded, most = rest - from / IVFPQ_RUN * IVFPQ_RUN;
     if (end == 0) return; /* no tables yet */
+    for (int64_t i = p->n_sealed; i < end; i++) most = p->sealed[i]->n > most ? p->sealed[i]->n : most;
     builder b;
-    if (!builder_init(&b, p, kv, layer, head, p->n_pending ? p->segment : rest - from / IVFPQ_RUN * IVFPQ_RUN, scratch)) {
+    if (!builder_init(&b, p, kv, layer, head, most, scratch)) {
         open->coded = false;
         return;
     }
     for (int64_t i = p->n_sealed; i < end; i++) build_part(&b, i);
-    if (rest > 0) code_open(&b, end - 1, p->open_first + p->n_pending * p->segment, from, rest);
+    if (rest > 0) code_open(&b, end - 1, p->open_first + closed, from, rest);
 }
 
 void ivfpq_commit(attn_policy *policy, int64_t n)
@@ -336,8 +361,9 @@ void ivfpq_commit(attn_policy *policy, int64_t n)
     ivfpq *p = (ivfpq *)policy;
     if (p->n_pending) ivfpq_catch_up(p);
     p->base.n_far += n;
-    p->open_first += p->n_pending * p->segment;
-    p->n_open += n - p->n_pending * p->segment;
+    int64_t closed = pending_tokens(p);
+    p->open_first += closed;
+    p->n_open += n - closed;
     p->n_sealed += p->n_pending;
     p->n_pending = 0;
     p->n_coded = p->n_sealed ? p->n_open : 0;

@@ -5,7 +5,10 @@
 
 #include "attn/ivfpq.h"
 
-enum { FORCED = UINT16_MAX /* key of tokens without a code */ };
+enum {
+    FORCED = UINT16_MAX, /* key of tokens without a code */
+    AHEAD = 24           /* selected tokens whose cluster is asked for before it is needed */
+};
 
 /* A segment as one search sees it. */
 typedef struct view {
@@ -262,6 +265,7 @@ static int64_t collect(const search *s, uint16_t threshold, int64_t n_ties, cons
         n += s->kernels->collect(s->keys + v->key, padded(v->n), threshold, &n_ties, (int32_t)v->first, ids + n);
         for (int64_t i = before; i < n; i++) {
             int64_t t = ids[i] - v->first;
+            if (i + AHEAD < n) __builtin_prefetch(&v->part.cluster[ids[i + AHEAD] - v->first]);
             f->cluster[i] = t < v->n_coded ? (int32_t)(v->cluster + v->part.cluster[t]) : -1;
         }
     }
