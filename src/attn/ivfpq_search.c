@@ -195,11 +195,15 @@ static bool score_tokens(search *s, const attention_state *near, arena *scratch,
     return true;
 }
 
-/* The largest threshold that at least k keys reach, and how many of those that equal it are wanted. */
-static uint16_t find_threshold(const search *s, int64_t k, int64_t *n_ties)
+/* Which keys are selected: those above the threshold and n_ties of those that equal it, k in all. */
+typedef struct cut {
+    int64_t k, n_ties;
+    uint16_t threshold;
+} cut;
+
+/* The largest threshold that at least k keys reach. It lies in [low, high), which `reach` and `above` keys reach: reach >= k > above. */
+static cut find_cut(const search *s, int64_t k, int low, int64_t reach, int high, int64_t above)
 {
-    int64_t reach = s->n_keys, above = 0; /* count(low) and count(high) */
-    int low = 0, high = UINT16_MAX + 1;   /* reach >= k > above */
     while (high - low > 1) {
         /* counts fall about exponentially with the key, so their logarithms are interpolated, away from the ends so that the range
          * always shrinks by an eighth */
@@ -216,8 +220,7 @@ static uint16_t find_threshold(const search *s, int64_t k, int64_t *n_ties)
             above = count;
         }
     }
-    *n_ties = k - above;
-    return (uint16_t)low;
+    return (cut){k, k - above, (uint16_t)low};
 }
 
 /* How many tokens to read: those without a code, and of the others a share, at least a floor. */
@@ -229,15 +232,18 @@ static int64_t least_wanted(const search *s)
 }
 
 /* With a threshold on the estimated weight, also those above it, up to a share. */
-static int64_t wanted(const search *s)
+static cut make_cut(const search *s)
 {
     const ivfpq_options *o = &s->p->options;
-    int64_t k = least_wanted(s);
-    if (o->threshold == 0) return k;
+    int64_t least = least_wanted(s), most = s->n_forced + (int64_t)ceil(o->max * (double)(s->n_tokens - s->n_forced));
+    const int beyond = UINT16_MAX + 1;
+    if (o->threshold == 0 || most <= least) return find_cut(s, least, 0, s->n_keys, beyond, 0);
     float key = ceilf((logf((float)o->threshold) - s->floor) / s->step);
-    int64_t heavy = key < FORCED ? s->kernels->count(s->keys, s->n_keys, (uint16_t)fmaxf(key, 1)) : s->n_forced;
-    heavy = ivfpq_min64(heavy, s->n_forced + (int64_t)ceil(o->max * (double)(s->n_tokens - s->n_forced)));
-    return heavy > k ? heavy : k;
+    int heavy = key < FORCED ? (int)fmaxf(key, 1) : FORCED;
+    int64_t n_heavy = s->kernels->count(s->keys, s->n_keys, (uint16_t)heavy);
+    if (n_heavy < least) return find_cut(s, least, 0, s->n_keys, heavy, n_heavy);
+    if (n_heavy > most) return find_cut(s, most, heavy, n_heavy, beyond, 0);
+    return (cut){n_heavy, n_heavy, (uint16_t)heavy};
 }
 
 /* Room for k ids with what tail needs before them. */
@@ -257,12 +263,12 @@ static found *found_make(const search *s, int64_t k, arena *scratch, quarry_erro
     return f->unread && f->count && f->left && f->weights && f->cluster && f->touched ? f : NULL;
 }
 
-static int64_t collect(const search *s, uint16_t threshold, int64_t n_ties, const found *f, int32_t *ids)
+static int64_t collect(const search *s, cut c, const found *f, int32_t *ids)
 {
     int64_t n = 0;
     for (const view *v = s->views; v < s->views + s->n_views; v++) {
         int64_t before = n;
-        n += s->kernels->collect(s->keys + v->key, padded(v->n), threshold, &n_ties, (int32_t)v->first, ids + n);
+        n += s->kernels->collect(s->keys + v->key, padded(v->n), c.threshold, &c.n_ties, (int32_t)v->first, ids + n);
         for (int64_t i = before; i < n; i++) {
             int64_t t = ids[i] - v->first;
             if (i + AHEAD < n) __builtin_prefetch(&v->part.cluster[ids[i + AHEAD] - v->first]);
@@ -287,12 +293,11 @@ quarry_code ivfpq_select(const attn_policy *policy, int layer, int head, const f
     if (!s.q || !s.keys || !s.centre) return QUARRY_ERROR_MEMORY;
     for (int i = 0; i < s.g * s.d; i++) s.q[i] = q[i] * p->base.shape.scale;
     if (!score_tokens(&s, near, scratch, cost, error)) return QUARRY_ERROR_MEMORY;
-    int64_t k = wanted(&s), n_ties;
-    found *f = found_make(&s, k, scratch, error);
+    cut c = make_cut(&s);
+    found *f = found_make(&s, c.k, scratch, error);
     if (!f) return QUARRY_ERROR_MEMORY;
-    uint16_t threshold = find_threshold(&s, k, &n_ties);
     out->ids = (int32_t *)((char *)f + FOUND_BYTES);
-    out->n = collect(&s, threshold, n_ties, f, out->ids);
+    out->n = collect(&s, c, f, out->ids);
     return QUARRY_OK;
 }
 

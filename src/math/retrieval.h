@@ -32,7 +32,7 @@ typedef struct retrieval_kernels {
     void (*scan)(const uint8_t *codes, int n_sub, int64_t n_blocks, const uint8_t *lut, int g, const uint16_t *offset, uint16_t *out,
                  int64_t stride);
     /* *top = the largest key; returns the sum over the keys > 0 of exp(step * (key - *top)), 0 if there is none, with 2^x linear between
-     * integers: at most 6.2 % above, 4 % on average. n is a multiple of SCAN_BLOCK. */
+     * integers: at most 6.2 % above, 0.2 % below, 4 % above on average. n is a multiple of SCAN_BLOCK. */
     float (*exp_sum)(const uint16_t *keys, int64_t n, float step, uint16_t *top);
     /* out[t] = max over h < g of saturating u16 (keys[h * stride + t] + up[h] - down[h]), n a multiple of SCAN_BLOCK; the sum saturates
      * before the difference. */

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "math/retrieval.h"
+#include "math/retrieval_exp.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -138,19 +139,20 @@ static float exp_sum_avx2(const uint16_t *keys, int64_t n, float step, uint16_t 
     __m128i least = _mm_max_epu16(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
     least = _mm_minpos_epu16(_mm_xor_si128(least, _mm_set1_epi8(-1)));
     *top = (uint16_t)~_mm_extract_epi16(least, 0);
-    const __m256i shift = _mm256_set1_epi32(*top);
-    const __m256 factor = _mm256_set1_ps(step * 0x1.715476p+23f), bias = _mm256_set1_ps(0x1.fcp+29f);
+    exp_scale scale = exp_scale_make(step);
+    const __m256i whole = _mm256_set1_epi16((short)scale.whole), part = _mm256_set1_epi16((short)scale.part);
+    const __m256i limit = _mm256_set1_epi16((short)scale.most), peak = _mm256_set1_epi16(EXP_TOP_BITS),
+                  last = _mm256_set1_epi16((short)*top);
     __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-    for (int64_t i = 0; i < n; i += 16)
-        for (int u = 0; u < 2; u++) {
-            __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(keys + i + u * 8)));
-            __m256 power = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(x, shift)), factor, bias);
-            __m256i bits = _mm256_cvttps_epi32(_mm256_max_ps(power, _mm256_setzero_ps()));
-            bits = _mm256_andnot_si256(_mm256_cmpeq_epi32(x, _mm256_setzero_si256()), bits);
-            sum[u] = _mm256_add_ps(sum[u], _mm256_castsi256_ps(bits));
-        }
+    for (int64_t i = 0; i < n; i += 16) {
+        __m256i x = _mm256_loadu_si256((const __m256i *)(keys + i)), distance = _mm256_min_epu16(_mm256_sub_epi16(last, x), limit);
+        __m256i below = _mm256_add_epi16(_mm256_mullo_epi16(distance, whole), _mm256_mulhi_epu16(distance, part));
+        __m256i power = _mm256_andnot_si256(_mm256_cmpeq_epi16(x, _mm256_setzero_si256()), _mm256_subs_epu16(peak, below));
+        sum[0] = _mm256_add_ps(sum[0], _mm256_cvtph_ps(_mm256_castsi256_si128(power)));
+        sum[1] = _mm256_add_ps(sum[1], _mm256_cvtph_ps(_mm256_extracti128_si256(power, 1)));
+    }
     __m256 both = _mm256_add_ps(sum[0], sum[1]);
-    return _mm_cvtss_f32(sum4(both, both, both, both));
+    return _mm_cvtss_f32(sum4(both, both, both, both)) * 0x1p-13f;
 }
 
 static void merge_avx2(const uint16_t *keys, int64_t stride, int g, const uint16_t *up, const uint16_t *down, int64_t n, uint16_t *out)

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "math/retrieval.h"
+#include "math/retrieval_exp.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -118,17 +119,19 @@ static float exp_sum_avx512(const uint16_t *keys, int64_t n, float step, uint16_
     for (int64_t i = 0; i < n; i += SCAN_BLOCK) most = _mm512_max_epu16(most, _mm512_loadu_si512(keys + i));
     __m512i wide = _mm512_max_epu32(_mm512_and_si512(most, _mm512_set1_epi32(0xffff)), _mm512_srli_epi32(most, 16));
     *top = (uint16_t)_mm512_reduce_max_epu32(wide);
-    const __m512i shift = _mm512_set1_epi32(*top);
-    const __m512 factor = _mm512_set1_ps(step * 0x1.715476p+23f), bias = _mm512_set1_ps(0x1.fcp+29f);
+    exp_scale scale = exp_scale_make(step);
+    const __m512i whole = _mm512_set1_epi16((short)scale.whole), part = _mm512_set1_epi16((short)scale.part);
+    const __m512i limit = _mm512_set1_epi16((short)scale.most), peak = _mm512_set1_epi16(EXP_TOP_BITS),
+                  last = _mm512_set1_epi16((short)*top);
     __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (int64_t i = 0; i < n; i += SCAN_BLOCK)
-        for (int u = 0; u < 2; u++) {
-            __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(keys + i + u * 16)));
-            __m512 power = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(x, shift)), factor, bias);
-            power = _mm512_castsi512_ps(_mm512_cvttps_epi32(_mm512_max_ps(power, _mm512_setzero_ps())));
-            sum[u] = _mm512_mask_add_ps(sum[u], _mm512_test_epi32_mask(x, x), sum[u], power);
-        }
-    return _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
+    for (int64_t i = 0; i < n; i += SCAN_BLOCK) {
+        __m512i x = _mm512_loadu_si512(keys + i), distance = _mm512_min_epu16(_mm512_sub_epi16(last, x), limit);
+        __m512i below = _mm512_add_epi16(_mm512_mullo_epi16(distance, whole), _mm512_mulhi_epu16(distance, part));
+        __m512i power = _mm512_maskz_subs_epu16(_mm512_test_epi16_mask(x, x), peak, below);
+        sum[0] = _mm512_add_ps(sum[0], _mm512_cvtph_ps(_mm512_castsi512_si256(power)));
+        sum[1] = _mm512_add_ps(sum[1], _mm512_cvtph_ps(_mm512_extracti64x4_epi64(power, 1)));
+    }
+    return _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1])) * 0x1p-13f;
 }
 
 static void merge_avx512(const uint16_t *keys, int64_t stride, int g, const uint16_t *up, const uint16_t *down, int64_t n, uint16_t *out)

@@ -1,7 +1,9 @@
 #include <math.h>
 #include <string.h>
 
+#include "math/blocks.h"
 #include "math/retrieval.h"
+#include "math/retrieval_exp.h"
 
 static float lut_scalar(const float *q, const float *centroids, int n_sub, int d_sub, float *lut, float *low)
 {
@@ -44,21 +46,20 @@ static void scan_scalar(const uint8_t *codes, int n_sub, int64_t n_blocks, const
         }
 }
 
-/* 2^x as the bits of a float: exponent and, below the point, mantissa (Schraudolph, "A fast, compact approximation of the exponential
- * function", 1999). */
 static float exp_sum_scalar(const uint16_t *keys, int64_t n, float step, uint16_t *top)
 {
-    float factor = step * 0x1.715476p+23f /* log2(e) 2^23 */, sum = 0;
+    exp_scale scale = exp_scale_make(step);
+    float sum = 0;
     *top = 0;
     for (int64_t i = 0; i < n; i++)
         if (keys[i] > *top) *top = keys[i];
     for (int64_t i = 0; i < n; i++) {
-        float x = (float)(keys[i] - *top) * factor + 0x1.fcp+29f /* 127 2^23 */, power;
-        int32_t bits = x > 0 ? (int32_t)x : 0;
-        memcpy(&power, &bits, sizeof power);
-        if (keys[i] > 0) sum += power;
+        uint32_t distance = (uint32_t)(*top - keys[i]);
+        if (distance > scale.most) distance = scale.most;
+        uint32_t below = distance * scale.whole + (distance * scale.part >> 16);
+        if (keys[i] > 0 && below < EXP_TOP_BITS) sum += f16_to_f32((uint16_t)(EXP_TOP_BITS - below));
     }
-    return sum;
+    return sum * 0x1p-13f;
 }
 
 static void merge_scalar(const uint16_t *keys, int64_t stride, int g, const uint16_t *up, const uint16_t *down, int64_t n, uint16_t *out)
