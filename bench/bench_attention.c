@@ -14,14 +14,15 @@
 #include <immintrin.h>
 #endif
 
-enum { N_ROWS = 8192, N_COPIES = 64, N_QUERIES = 192, N_TILES = 32, ROUNDS = 15, N_LEVELS = 3 };
+enum { N_ROWS = 8192, N_COPIES = 64, N_QUERIES = 192, N_TILES = 32, ROUNDS = 15, N_LEVELS = 4 };
 
-static const char *const names[N_LEVELS] = {"scalar", "avx2", "avx512"};
+static const char *const names[N_LEVELS] = {"scalar", "avx2", "avx512", "avx512bf16"};
 static const attention_kernels *const kernels[N_LEVELS] = {
     &attention_scalar,
 #if defined(__x86_64__)
     &attention_avx2,
     &attention_avx512,
+    &attention_avx512bf16,
 #endif
 };
 
@@ -77,7 +78,8 @@ static double run_tiles(bench *b, const attention_kernels *k, int nq, bool causa
     attention_clear(&b->state, nq, b->d);
     for (int t = 0; t < N_TILES; t++) {
         for (int i = 0; i < nq; i++) b->limit[i] = causal ? i * ATTENTION_TILE / nq + 1 : ATTENTION_TILE;
-        k->tile(b->q, b->limit, nq, b->d, KV_F16, b->rows + (size_t)t * ATTENTION_TILE * b->bytes, ATTENTION_TILE, b->scratch, &b->state);
+        k->tile_coarse(b->q, b->limit, nq, b->d, KV_F16, b->rows + (size_t)t * ATTENTION_TILE * b->bytes, ATTENTION_TILE, b->scratch,
+                       &b->state);
     }
     return now() - start;
 }
@@ -180,7 +182,7 @@ int main(int argc, char **argv)
         return 1;
     }
     static double times[N_CASES][N_LEVELS][ROUNDS];
-    int best = cpu_detect() > CPU_AVX512 ? CPU_AVX512 : (int)cpu_detect();
+    int best = cpu_detect() == CPU_AVX512BF16 ? 3 : cpu_detect() > CPU_AVX512 ? 2 : (int)cpu_detect();
     for (int round = 0; round < ROUNDS; round++)
         for (int c = 0; c < N_CASES; c++)
             for (int level = best > 0 && round > 0 ? 1 : 0; level <= best; level++)

@@ -274,7 +274,7 @@ static void tile_task(void *context, int64_t part, int thread)
     bench_thread *t = &b->threads[thread];
     attention_clear(&t->state, TILE_ROWS * GROUP, D);
     for (int64_t first = 0; first + ATTENTION_TILE <= b->n; first += ATTENTION_TILE)
-        b->kernels->attention->tile(b->q, b->limit, TILE_ROWS * GROUP, D, KV_F16,
+        b->kernels->attention->tile_coarse(b->q, b->limit, TILE_ROWS * GROUP, D, KV_F16,
                                     part_rows(b, part) + (size_t)first * kv_row_bytes(KV_F16, D), ATTENTION_TILE, t->scratch, &t->state);
 }
 

@@ -1,5 +1,6 @@
 /* Attention kernels of every instruction set against a naive softmax in double precision, and against themselves cut otherwise. Values
- * are normal, so that errors are stated against their largest. */
+ * are normal, so that errors are stated against their largest. Tiles in bf16 are compared with the softmax of inputs rounded likewise, which leaves
+ * the rounding of the weights; one test holds them to the bound that attention.h states. */
 #include "test.h"
 
 #include <math.h>
@@ -9,19 +10,28 @@
 #include "math/attention.h"
 #include "math/blocks.h"
 
+typedef void tile_function(const float *q, const int *limit, int nq, int d, kv_type type, const void *rows, int n, void *scratch,
+                           attention_state *state);
+
 typedef struct level {
     const char *name;
     const attention_kernels *kernels;
+    tile_function *tile;
+    bool bf16; /* tiles of f16 rows */
 } level;
 
 /* The levels this machine runs, scalar first. */
-static int levels(level out[3])
+static int levels(level out[5])
 {
     int n = 0;
-    out[n++] = (level){"scalar", &attention_scalar};
+    out[n++] = (level){"scalar", &attention_scalar, attention_scalar.tile, false};
 #if defined(__x86_64__)
-    if (cpu_detect() >= CPU_AVX2) out[n++] = (level){"avx2", &attention_avx2};
-    if (cpu_detect() >= CPU_AVX512) out[n++] = (level){"avx512", &attention_avx512};
+    if (cpu_detect() >= CPU_AVX2) out[n++] = (level){"avx2", &attention_avx2, attention_avx2.tile, false};
+    if (cpu_detect() >= CPU_AVX512) out[n++] = (level){"avx512", &attention_avx512, attention_avx512.tile, false};
+    if (cpu_detect() >= CPU_AVX512BF16) {
+        out[n++] = (level){"avx512bf16", &attention_avx512bf16, attention_avx512bf16.tile, false};
+        out[n++] = (level){"avx512bf16 coarse", &attention_avx512bf16, attention_avx512bf16.tile_coarse, true};
+    }
 #endif
     return n;
 }
@@ -76,6 +86,36 @@ static void sample_free(sample *s)
     memory_free(s->q), memory_free(s->rows), memory_free(s->list), memory_free(s->k), memory_free(s->v);
 }
 
+/* To 8 bits, ties to even. */
+static float bf16_round(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+    memcpy(&x, &bits, sizeof bits);
+    return x;
+}
+
+/* The sample as a tile of this level sees it: q, k and v rounded. The rows stay. */
+static sample sample_rounded(const level *l, const sample *s)
+{
+    sample out = *s;
+    size_t n_q = (size_t)(s->g * s->d), n = (size_t)(s->n * s->d);
+    out.q = get(n_q, sizeof *out.q), out.k = get(n, sizeof *out.k), out.v = get(n, sizeof *out.v);
+    bool rounds = l->bf16 && s->type == KV_F16;
+    for (size_t i = 0; i < n_q; i++) out.q[i] = rounds ? bf16_round(s->q[i]) : s->q[i];
+    for (size_t i = 0; i < n; i++) {
+        out.k[i] = rounds ? bf16_round((float)s->k[i]) : s->k[i];
+        out.v[i] = rounds ? bf16_round((float)s->v[i]) : s->v[i];
+    }
+    return out;
+}
+
+static void rounded_free(sample *s)
+{
+    memory_free(s->q), memory_free(s->k), memory_free(s->v);
+}
+
 static attention_state state_make(int g, int d)
 {
     attention_state s = {get((size_t)g, sizeof(float)), get((size_t)g, sizeof(float)), get((size_t)(g * d), sizeof(float))};
@@ -95,8 +135,21 @@ static double score_of(const sample *s, int h, int64_t row)
     return sum;
 }
 
+/* What a result may differ by. */
+typedef struct tolerance {
+    double lag, sum, mean; /* m below the largest score; l, relative; o / l, relative to the largest value */
+} tolerance;
+
+static const tolerance exact = {0, 1e-5, 2e-6};
+
+/* Of a tile, against the rounded sample: weights are rounded to 2^-9 and have 8e-5 of exp; o / l divides weights by their sum. */
+static tolerance tile_tolerance(const level *l, kv_type type)
+{
+    return l->bf16 && type == KV_F16 ? (tolerance){ATTENTION_LAG, 0x1p-9 + 1e-4, 0x1p-8 + 2e-4} : exact;
+}
+
 /* State of query h against naive attention over the first n rows. */
-static void expect_attention(const char *name, const sample *s, const attention_state *state, int h, int64_t n)
+static void expect_attention(const char *name, const sample *s, const attention_state *state, int h, int64_t n, tolerance t)
 {
     const float *o = state->o + h * s->d;
     if (n == 0) {
@@ -112,11 +165,12 @@ static void expect_attention(const char *name, const sample *s, const attention_
         sum += p;
         for (int i = 0; i < s->d; i++) mean[i] += p * s->v[r * s->d + i], size = fmax(size, fabs(s->v[r * s->d + i]));
     }
-    if (!(fabs(state->m[h] - top) <= 1e-5) || !(fabs(state->l[h] - sum * exp(top - state->m[h])) <= 1e-5 * sum))
+    double expected_sum = sum * exp(top - state->m[h]);
+    if (!(state->m[h] <= top + 1e-5 && state->m[h] >= top - t.lag - 1e-5) || !(fabs(state->l[h] - expected_sum) <= t.sum * expected_sum))
         fail_msg("%s: g %d d %d n %ld query %d: max %.9g, expected %.9g; sum %.9g, expected %.9g", name, s->g, s->d, (long)n, h,
-                 state->m[h], top, state->l[h], sum);
+                 state->m[h], top, state->l[h], expected_sum);
     for (int i = 0; i < s->d; i++)
-        if (!(fabs(o[i] / state->l[h] - mean[i] / sum) <= 2e-6 * size))
+        if (!(fabs(o[i] / state->l[h] - mean[i] / sum) <= t.mean * size))
             fail_msg("%s: g %d d %d n %ld query %d element %d: %.9g, expected %.9g", name, s->g, s->d, (long)n, h, i, o[i] / state->l[h],
                      mean[i] / sum);
 }
@@ -140,7 +194,7 @@ enum { N_COUNTS = sizeof counts / sizeof *counts };
 static void test_rows_match_naive_softmax(void **unused)
 {
     (void)unused;
-    level list[3];
+    level list[5];
     int n_levels = levels(list);
     for (int t = 0; t < N_SHAPES * N_COUNTS * 2; t++) {
         kv_type type = t % 2 ? KV_F32 : KV_F16;
@@ -151,7 +205,7 @@ static void test_rows_match_naive_softmax(void **unused)
             scores[s.g * s.n] = 42;
             list[l].kernels->rows(s.q, s.g, s.d, type, s.list, s.n, scores, &state);
             for (int h = 0; h < s.g; h++) {
-                expect_attention(list[l].name, &s, &state, h, s.n);
+                expect_attention(list[l].name, &s, &state, h, s.n, exact);
                 for (int64_t r = 0; r < s.n; r++) assert_true(fabs(scores[h * s.n + r] - score_of(&s, h, r)) <= 1e-5);
             }
             assert_true(scores[s.g * s.n] == 42);
@@ -165,7 +219,7 @@ static void test_rows_match_naive_softmax(void **unused)
 static void test_rows_repeat_exactly_with_and_without_scores(void **unused)
 {
     (void)unused;
-    level list[3];
+    level list[5];
     int n_levels = levels(list);
     sample s = sample_make(7, 3, 64, KV_F16, 333);
     float *scores = get((size_t)(s.g * s.n), sizeof *scores);
@@ -185,7 +239,7 @@ static void test_rows_repeat_exactly_with_and_without_scores(void **unused)
 static void test_rows_may_lie_anywhere(void **unused)
 {
     (void)unused;
-    level list[3];
+    level list[5];
     int n_levels = levels(list);
     sample s = sample_make(8, 4, 64, KV_F16, 99);
     const void *scattered[99];
@@ -193,7 +247,7 @@ static void test_rows_may_lie_anywhere(void **unused)
     for (int l = 0; l < n_levels; l++) {
         attention_state state = state_make(s.g, s.d);
         list[l].kernels->rows(s.q, s.g, s.d, s.type, scattered, s.n, NULL, &state);
-        for (int h = 0; h < s.g; h++) expect_attention(list[l].name, &s, &state, h, s.n);
+        for (int h = 0; h < s.g; h++) expect_attention(list[l].name, &s, &state, h, s.n, exact);
         state_free(&state);
     }
     sample_free(&s);
@@ -202,7 +256,7 @@ static void test_rows_may_lie_anywhere(void **unused)
 static void test_parts_merge_to_the_whole_in_any_order(void **unused)
 {
     (void)unused;
-    level list[3];
+    level list[5];
     int n_levels = levels(list);
     random_state r;
     random_seed(&r, 8);
@@ -243,7 +297,7 @@ static void test_merging_empty_states_gives_an_empty_state(void **unused)
 static void test_large_scores_do_not_overflow(void **unused)
 {
     (void)unused;
-    level list[3];
+    level list[5];
     int n_levels = levels(list), limit[3] = {40, 64, 1};
     sample s = sample_make(9, 3, 64, KV_F16, 150);
     for (int i = 0; i < s.g * s.d; i++) s.q[i] *= 500;
@@ -251,20 +305,22 @@ static void test_large_scores_do_not_overflow(void **unused)
     for (int l = 0; l < n_levels; l++) {
         attention_state a = state_make(s.g, s.d), b = state_make(s.g, s.d);
         list[l].kernels->rows(s.q, s.g, s.d, s.type, s.list, s.n, NULL, &a);
-        list[l].kernels->tile(s.q, limit, 3, 64, s.type, s.rows, 64, scratch, &b);
+        list[l].tile(s.q, limit, 3, 64, s.type, s.rows, 64, scratch, &b);
+        sample seen = sample_rounded(&list[l], &s);
         for (int h = 0; h < s.g; h++) {
             int64_t best = 0, best_b = 0;
             for (int64_t i = 1; i < s.n; i++) {
                 if (score_of(&s, h, i) > score_of(&s, h, best)) best = i;
-                if (i < limit[h] && score_of(&s, h, i) > score_of(&s, h, best_b)) best_b = i;
+                if (i < limit[h] && score_of(&seen, h, i) > score_of(&seen, h, best_b)) best_b = i;
             }
             assert_true(fabs(a.m[h] / score_of(&s, h, best) - 1) < 1e-5 && fabs(a.l[h] - 1) < 0.01);
-            assert_true(fabs(b.m[h] / score_of(&s, h, best_b) - 1) < 1e-5 && fabs(b.l[h] - 1) < 0.01);
+            assert_true(fabs(b.m[h] / score_of(&seen, h, best_b) - 1) < 1e-5 && fabs(b.l[h] - 1) < 0.01);
             for (int i = 0; i < s.d; i++) {
                 assert_true(fabs(a.o[h * s.d + i] - s.v[best * s.d + i]) < 0.05);
                 assert_true(fabs(b.o[h * s.d + i] - s.v[best_b * s.d + i]) < 0.05);
             }
         }
+        rounded_free(&seen);
         state_free(&a), state_free(&b);
     }
     memory_free(scratch);
@@ -285,12 +341,14 @@ static void check_tiles(const level *l, const sample *s, int group, int64_t firs
             int64_t seen = first_position + i / group + 1 - first;
             limit[i] = seen < 0 ? 0 : seen > n ? n : (int)seen;
         }
-        l->kernels->tile(s->q, limit, nq, s->d, s->type, s->list[first], n, scratch, &state);
+        l->tile(s->q, limit, nq, s->d, s->type, s->list[first], n, scratch, &state);
     }
+    sample rounded = sample_rounded(l, s);
     for (int i = 0; i < nq; i++) {
         int64_t seen = first_position + i / group + 1;
-        expect_attention(l->name, s, &state, i, seen < s->n ? seen : s->n);
+        expect_attention(l->name, &rounded, &state, i, seen < s->n ? seen : s->n, tile_tolerance(l, s->type));
     }
+    rounded_free(&rounded);
     for (size_t i = 0; i < 64; i++) assert_int_equal(scratch[bytes + i], 0xff);
     state_free(&state);
     memory_free(scratch);
@@ -299,7 +357,7 @@ static void check_tiles(const level *l, const sample *s, int group, int64_t firs
 static void test_tiles_match_naive_softmax_under_causal_limits(void **unused)
 {
     (void)unused;
-    level list[3];
+    level list[5];
     int n_levels = levels(list);
     static const int widths[] = {8, 24, 40, 64, 72, 80, 96, 128, 256};
     for (int t = 0; t < 36; t++) {
@@ -314,7 +372,7 @@ static void test_tiles_match_naive_softmax_under_causal_limits(void **unused)
 static void test_tile_takes_any_limits_and_repeats_exactly(void **unused)
 {
     (void)unused;
-    level list[3];
+    level list[5];
     int n_levels = levels(list);
     random_state r;
     random_seed(&r, 10);
@@ -325,10 +383,12 @@ static void test_tile_takes_any_limits_and_repeats_exactly(void **unused)
         void *scratch = get(attention_tile_scratch(nq, s.d), 1);
         for (int l = 0; l < n_levels; l++) {
             attention_state state = state_make(nq, s.d), again = state_make(nq, s.d);
-            list[l].kernels->tile(s.q, limit, nq, s.d, s.type, s.rows, n, scratch, &state);
-            list[l].kernels->tile(s.q, limit, nq, s.d, s.type, s.rows, n, scratch, &again);
+            list[l].tile(s.q, limit, nq, s.d, s.type, s.rows, n, scratch, &state);
+            list[l].tile(s.q, limit, nq, s.d, s.type, s.rows, n, scratch, &again);
             assert_memory_equal(state.o, again.o, (size_t)(nq * s.d) * sizeof(float));
-            for (int i = 0; i < nq; i++) expect_attention(list[l].name, &s, &state, i, limit[i]);
+            sample rounded = sample_rounded(&list[l], &s);
+            for (int i = 0; i < nq; i++) expect_attention(list[l].name, &rounded, &state, i, limit[i], tile_tolerance(&list[l], s.type));
+            rounded_free(&rounded);
             state_free(&state), state_free(&again);
         }
         memory_free(scratch);
@@ -339,14 +399,15 @@ static void test_tile_takes_any_limits_and_repeats_exactly(void **unused)
 static void test_tile_equals_rows(void **unused)
 {
     (void)unused;
-    level list[3];
+    level list[5];
     int n_levels = levels(list), limit[37];
     sample s = sample_make(11, 37, 64, KV_F16, 64);
     void *scratch = get(attention_tile_scratch(37, 64), 1);
     for (int i = 0; i < 37; i++) limit[i] = i + 20;
     for (int l = 0; l < n_levels; l++) {
+        if (list[l].bf16) continue;
         attention_state a = state_make(37, 64), b = state_make(37, 64);
-        list[l].kernels->tile(s.q, limit, 37, 64, s.type, s.rows, 64, scratch, &a);
+        list[l].tile(s.q, limit, 37, 64, s.type, s.rows, 64, scratch, &a);
         for (int i = 0; i < 37; i++) {
             attention_state one = {b.m + i, b.l + i, b.o + i * 64};
             list[l].kernels->rows(s.q + i * 64, 1, 64, s.type, s.list, limit[i], NULL, &one);
@@ -356,6 +417,70 @@ static void test_tile_equals_rows(void **unused)
     }
     memory_free(scratch);
     sample_free(&s);
+}
+
+/* Under any limits, with scores up to about 20. */
+static void test_tile_in_bf16_stays_within_its_bound(void **unused)
+{
+    (void)unused;
+    level list[5];
+    int n_levels = levels(list), limit[23];
+    static const int widths[] = {8, 56, 64, 136, 200, 256};
+    for (int t = 0; t < 12; t++) {
+        int d = widths[t % 6], n = t * 5 + 5;
+        sample s = sample_make(400 + (uint64_t)t, 23, d, KV_F16, n);
+        for (int i = 0; i < 23; i++) limit[i] = i < n ? n - i : 1;
+        void *scratch = get(attention_tile_scratch(23, d), 1);
+        for (int l = 0; l < n_levels; l++) {
+            if (!list[l].bf16) continue;
+            attention_state state = state_make(23, d);
+            list[l].tile(s.q, limit, 23, d, s.type, s.rows, n, scratch, &state);
+            for (int i = 0; i < 23; i++) {
+                double error = 0; /* of a score */
+                for (int64_t r = 0; r < limit[i]; r++) {
+                    double size = 0;
+                    for (int j = 0; j < d; j++) size += fabs(s.q[i * d + j] * s.k[r * d + j]);
+                    error = fmax(error, size * 0x1.01p-8);
+                }
+                tolerance bound = {error, exp(error) - 1 + 0x1p-8, exp(2 * error) - 1 + 0x1p-7};
+                double top = -INFINITY;
+                for (int64_t r = 0; r < limit[i]; r++) top = fmax(top, score_of(&s, i, r));
+                assert_true(fabs(state.m[i] - top) <= error);
+                state.m[i] = (float)fmin(state.m[i], top); /* expect_attention wants it below */
+                expect_attention(list[l].name, &s, &state, i, limit[i], bound);
+            }
+            state_free(&state);
+        }
+        memory_free(scratch);
+        sample_free(&s);
+    }
+}
+
+/* The maximum lags by less than ATTENTION_LAG while scores rise slowly, and follows a leap. */
+static void test_tile_follows_rising_scores(void **unused)
+{
+    (void)unused;
+    level list[5];
+    int n_levels = levels(list), limit[7] = {64, 64, 64, 64, 64, 64, 64};
+    for (int step = 1; step <= 64; step *= 4)
+        for (int l = 0; l < n_levels; l++) {
+            sample s = sample_make(500, 7, 64, KV_F16, 256);
+            for (int64_t r = 0; r < s.n; r++) { /* score: step x number of the tile, and 1 / 8 for each row of it */
+                uint16_t *row = (uint16_t *)(void *)(s.rows + (size_t)r * kv_row_bytes(KV_F16, 64));
+                for (int i = 0; i < 64; i++) s.k[r * 64 + i] = i == 0 ? (double)(r / 64 * step) : i == 1 ? (double)(r % 64) / 8 : 0;
+                for (int i = 0; i < 64; i++) row[i] = f32_to_f16((float)s.k[r * 64 + i]);
+            }
+            for (int i = 0; i < 7 * 64; i++) s.q[i] = i % 64 < 2 ? 1 : 0;
+            void *scratch = get(attention_tile_scratch(7, 64), 1);
+            attention_state state = state_make(7, 64);
+            for (int tile = 0; tile < 4; tile++) list[l].tile(s.q, limit, 7, 64, s.type, s.list[tile * 64], 64, scratch, &state);
+            sample rounded = sample_rounded(&list[l], &s);
+            for (int i = 0; i < 7; i++) expect_attention(list[l].name, &rounded, &state, i, s.n, tile_tolerance(&list[l], s.type));
+            rounded_free(&rounded);
+            state_free(&state);
+            memory_free(scratch);
+            sample_free(&s);
+        }
 }
 
 int main(void)
@@ -370,6 +495,8 @@ int main(void)
         cmocka_unit_test(test_tiles_match_naive_softmax_under_causal_limits),
         cmocka_unit_test(test_tile_takes_any_limits_and_repeats_exactly),
         cmocka_unit_test(test_tile_equals_rows),
+        cmocka_unit_test(test_tile_in_bf16_stays_within_its_bound),
+        cmocka_unit_test(test_tile_follows_rising_scores),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

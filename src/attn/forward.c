@@ -1,6 +1,6 @@
 /* Attention of one layer. The rows of a forward pass fall into three kinds of task:
  *
- *   tile    a block of consecutive dense rows of one timeline x one KV head, over all keys in tiles (prefill)
+ *   tile    a block of consecutive dense rows of one timeline x one KV head, over all keys in tiles (prefill; coarse when a document is read)
  *   split   one row x one KV head x SPLIT keys, everything read (decode with `full`); partial states are merged in order
  *   search  one row x one KV head: find (local rows, select), then attend (gathered rows, tail) (decode with a policy)
  *
@@ -16,7 +16,7 @@
 enum {
     TILE_VECTORS = 192, /* query vectors of a tile task: converting a key tile to f32 is then about 1 % of the work */
     SPLIT = 2048,       /* keys of a split task */
-    TILE_FROM = 4,      /* shortest run of dense rows that is tiled */
+    TILE_FROM = 4,      /* shortest run that is tiled; rows of a document always are: their rounding must not depend on the batch */
 };
 
 /* What find leaves for attend; what it points to is in the scratch of the thread that ran find. */
@@ -104,6 +104,7 @@ static quarry_code run_tile(attn_pass *p, const attn_task *t, arena *scratch, qu
 {
     int g = p->group, d = p->d, nq = (int)t->n_rows * g;
     const attn_row *rows = p->rows + t->row;
+    const attention_kernels *kernels = p->c->kernels->attention;
     float *q = arena_alloc(scratch, (size_t)nq * (size_t)d, sizeof *q, error);
     int *limit = arena_alloc(scratch, (size_t)nq, sizeof *limit, error);
     void *kernel_scratch = arena_alloc(scratch, attention_tile_scratch(nq, d), 1, error);
@@ -121,7 +122,7 @@ static quarry_code run_tile(attn_pass *p, const attn_task *t, arena *scratch, qu
             limit[i] = seen < 0 ? 0 : seen > n ? n : (int)seen;
         }
         const void *keys = kv_row(rows->kv, p->layer, t->head, first);
-        p->c->kernels->attention->tile(q, limit, nq, d, p->shape->kv.type, keys, n, kernel_scratch, &state);
+        (rows->dense ? kernels->tile_coarse : kernels->tile)(q, limit, nq, d, p->shape->kv.type, keys, n, kernel_scratch, &state);
     }
     for (int64_t r = 0; r < t->n_rows; r++) {
         attention_state part = {state.m + r * g, state.l + r * g, state.o + r * g * d};
@@ -257,11 +258,13 @@ static bool is_dense(const attn_row *row)
     return row->dense || !row->policy || !row->policy->type->select;
 }
 
-/* Length of the run of dense rows from `row` on that can be tiled together. */
+/* Length of the run of dense rows from `row` on that can be tiled together: all of them read a document, or none. */
 static int64_t dense_run(const attn_row *rows, int64_t row, int64_t n)
 {
     int64_t end = row + 1;
-    while (end < n && is_dense(&rows[end]) && rows[end].kv == rows[row].kv && rows[end].pos == rows[end - 1].pos + 1) end++;
+    while (end < n && is_dense(&rows[end]) && rows[end].dense == rows[row].dense && rows[end].kv == rows[row].kv &&
+           rows[end].pos == rows[end - 1].pos + 1)
+        end++;
     return end - row;
 }
 
@@ -309,7 +312,7 @@ static quarry_code plan(attn_pass *p, int64_t n, quarry_error *error)
         run = is_dense(&p->rows[row]) ? dense_run(p->rows, row, n) : 1;
         if (!is_dense(&p->rows[row])) {
             for (int h = 0; h < heads; h++) *push_task(p) = (attn_task){.kind = TASK_SEARCH, .head = h, .row = row, .n_rows = 1};
-        } else if (run >= TILE_FROM) {
+        } else if (run >= TILE_FROM || p->rows[row].dense) {
             /* The last rows see the most keys: the long tasks are claimed first, so that threads finish together. */
             for (int64_t b = (run - 1) / block * block; b >= 0; b -= block)
                 for (int h = 0; h < heads; h++)

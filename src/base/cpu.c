@@ -10,7 +10,7 @@
 
 #include "base/error.h"
 
-static const char *const isa_names[CPU_N_ISA] = {"scalar", "avx2", "avx512", "avx512vnni"};
+static const char *const isa_names[CPU_N_ISA] = {"scalar", "avx2", "avx512", "avx512vnni", "avx512bf16"};
 
 #if defined(__x86_64__)
 /* clang 14's __builtin_cpu_supports does not know "f16c". */
@@ -28,7 +28,8 @@ cpu_isa cpu_detect(void)
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
         !__builtin_cpu_supports("avx512vl"))
         return CPU_AVX2;
-    return __builtin_cpu_supports("avx512vnni") ? CPU_AVX512VNNI : CPU_AVX512;
+    if (!__builtin_cpu_supports("avx512vnni")) return CPU_AVX512;
+    return __builtin_cpu_supports("avx512bf16") ? CPU_AVX512BF16 : CPU_AVX512VNNI;
 #else
     return CPU_SCALAR;
 #endif
@@ -46,7 +47,7 @@ quarry_code cpu_choose(cpu_isa *isa, quarry_error *error)
         *isa = (cpu_isa)i;
         return QUARRY_OK;
     }
-    return error_set(error, QUARRY_ERROR_ARGUMENT, "QUARRY_ISA=%s is not one of scalar, avx2, avx512, avx512vnni", forced);
+    return error_set(error, QUARRY_ERROR_ARGUMENT, "QUARRY_ISA=%s is not one of scalar, avx2, avx512, avx512vnni, avx512bf16", forced);
 }
 
 const char *cpu_isa_name(cpu_isa isa)

@@ -10,12 +10,13 @@ typedef enum cpu_isa {
     CPU_AVX2,       /* AVX2 + FMA + F16C */
     CPU_AVX512,     /* F + BW + DQ + VL */
     CPU_AVX512VNNI, /* + VNNI */
+    CPU_AVX512BF16, /* + BF16 */
     CPU_N_ISA,
 } cpu_isa;
 
 /* The best level this processor and its operating system support. */
 cpu_isa cpu_detect(void);
-/* The same, lowered by the environment variable QUARRY_ISA (scalar, avx2, avx512, avx512vnni) when it is set; an unknown or
+/* The same, lowered by the environment variable QUARRY_ISA (scalar, avx2, avx512, avx512vnni, avx512bf16) when it is set; an unknown or
  * unsupported value is an error. */
 quarry_code cpu_choose(cpu_isa *isa, quarry_error *error);
 const char *cpu_isa_name(cpu_isa isa);

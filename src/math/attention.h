@@ -33,9 +33,17 @@ typedef struct attention_kernels {
      * m[nq], l[nq], o[nq][d]. scratch: attention_tile_scratch bytes, aligned to 64. */
     void (*tile)(const float *q, const int *limit, int nq, int d, kv_type type, const void *rows, int n, void *scratch,
                  attention_state *state);
+
+    /* The same for rows that read a document: may round f16 rows and their queries to bf16 (avx512bf16). A score then errs by at most
+     * e = 1.01 2^-8 sum |q_i k_i|, o / l by at most (exp(2 e) - 1 + 2^-7) max |v|, and m is a score at most ATTENTION_LAG below the largest. */
+    void (*tile_coarse)(const float *q, const int *limit, int nq, int d, kv_type type, const void *rows, int n, void *scratch,
+                        attention_state *state);
 } attention_kernels;
 
-enum { ATTENTION_TILE = 64 }; /* rows per dense tile */
+enum {
+    ATTENTION_TILE = 64, /* rows per dense tile */
+    ATTENTION_LAG = 8,   /* what m may lack to the largest score in a coarse tile */
+};
 
 size_t attention_tile_scratch(int nq, int d);
 
@@ -44,6 +52,6 @@ void attention_merge(attention_state *a, const attention_state *b, int g, int d)
 /* Empty state: m = -INFINITY, l = 0, o = 0. */
 void attention_clear(attention_state *s, int g, int d);
 
-extern const attention_kernels attention_scalar, attention_avx2, attention_avx512;
+extern const attention_kernels attention_scalar, attention_avx2, attention_avx512, attention_avx512bf16;
 
 #endif

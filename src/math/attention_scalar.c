@@ -45,4 +45,4 @@ static void attend_tile(const float *q, const int *limit, int nq, int d, kv_type
             attend(q + i * d, d, type, (const char *)rows + (size_t)r * bytes, state->m + i, state->l + i, state->o + i * d);
 }
 
-const attention_kernels attention_scalar = {attend_rows, attend_tile};
+const attention_kernels attention_scalar = {attend_rows, attend_tile, attend_tile};

@@ -424,5 +424,5 @@ static void attend_tile(const float *q, const int *limit, int nq, int d, kv_type
 
 #define ATTENTION_KERNELS                                                                                                                  \
     {                                                                                                                                      \
-        attend_rows, attend_tile                                                                                                           \
+        attend_rows, attend_tile, attend_tile                                                                                              \
     }
