@@ -145,7 +145,8 @@ static const tolerance exact = {0, 1e-5, 2e-6};
 /* Of a tile, against the rounded sample: weights are rounded to 2^-9 and have 8e-5 of exp; o / l divides weights by their sum. */
 static tolerance tile_tolerance(const level *l, kv_type type)
 {
-    return l->bf16 && type == KV_F16 ? (tolerance){ATTENTION_LAG, 0x1p-9 + 1e-4, 0x1p-8 + 2e-4} : exact;
+    return l->bf16 && type == KV_F16 ? (tolerance){ATTENTION_LAG, 0x1p-9 + 1e-4, 0x1p-8 + 2e-4}
+                                     : (tolerance){ATTENTION_LAG, exact.sum, exact.mean};
 }
 
 /* State of query h against naive attention over the first n rows. */
@@ -175,11 +176,11 @@ static void expect_attention(const char *name, const sample *s, const attention_
                      mean[i] / sum);
 }
 
-/* Equal to rounding. */
-static void expect_same(const sample *s, const attention_state *a, const attention_state *b)
+/* Equal to rounding; the maxima within lag. */
+static void expect_same(const sample *s, const attention_state *a, const attention_state *b, double lag)
 {
     for (int h = 0; h < s->g; h++) {
-        assert_true(fabs(a->m[h] - b->m[h]) < 1e-5);
+        assert_true(fabs(a->m[h] - b->m[h]) < lag + 1e-5);
         double shift = exp((double)b->m[h] - a->m[h]);
         assert_true(fabs(a->l[h] - b->l[h] * shift) <= 1e-5 * a->l[h]);
         for (int i = 0; i < s->d; i++) assert_true(fabs(a->o[h * s->d + i] - b->o[h * s->d + i] * shift) <= 1e-5 * a->l[h]);
@@ -276,8 +277,8 @@ static void test_parts_merge_to_the_whole_in_any_order(void **unused)
             state_free(into_part ? &merged : &part);
             if (into_part) merged = part;
         }
-        expect_same(&s, &whole, &merged);
-        expect_same(&s, &whole, &running);
+        expect_same(&s, &whole, &merged, 0);
+        expect_same(&s, &whole, &running, 0);
         state_free(&merged), state_free(&whole), state_free(&running);
         sample_free(&s);
     }
@@ -412,7 +413,7 @@ static void test_tile_equals_rows(void **unused)
             attention_state one = {b.m + i, b.l + i, b.o + i * 64};
             list[l].kernels->rows(s.q + i * 64, 1, 64, s.type, s.list, limit[i], NULL, &one);
         }
-        expect_same(&s, &a, &b);
+        expect_same(&s, &a, &b, ATTENTION_LAG);
         state_free(&a), state_free(&b);
     }
     memory_free(scratch);

@@ -30,7 +30,7 @@ typedef struct attention_kernels {
     void (*rows)(const float *q, int g, int d, kv_type type, const void *const *rows, int64_t n, float *scores, attention_state *state);
 
     /* Dense tile: nq query vectors (q[nq][d], scaled) over n <= 64 contiguous rows, query i seeing the first limit[i] of them (0 <= limit[i] <= n); states are
-     * m[nq], l[nq], o[nq][d]. scratch: attention_tile_scratch bytes, aligned to 64. */
+     * m[nq], l[nq], o[nq][d], m being a score at most ATTENTION_LAG below the largest. scratch: attention_tile_scratch bytes, aligned to 64. */
     void (*tile)(const float *q, const int *limit, int nq, int d, kv_type type, const void *rows, int n, void *scratch,
                  attention_state *state);
 
@@ -42,7 +42,7 @@ typedef struct attention_kernels {
 
 enum {
     ATTENTION_TILE = 64, /* rows per dense tile */
-    ATTENTION_LAG = 8,   /* what m may lack to the largest score in a coarse tile */
+    ATTENTION_LAG = 8,   /* what m of a tile may lack to the largest score: sums are rescaled only when it is more */
 };
 
 size_t attention_tile_scratch(int nq, int d);

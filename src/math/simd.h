@@ -149,6 +149,17 @@ SIMD_INLINE vf vf_scale(vf p, vf n, vf x, vf least)
     return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), p, _mm512_castsi512_ps(bits));
 }
 
+/* p 2^n, where n is what adding 1.5 2^23 left in the low bits of t */
+SIMD_INLINE vf vf_scale_magic(vf p, vf t)
+{
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(t), 23)));
+}
+/* Whether some lane of a is greater. */
+SIMD_INLINE int vf_any_above(vf a, vf b)
+{
+    return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
+}
+
 #else
 
 typedef __m256 vf;
@@ -296,6 +307,17 @@ SIMD_INLINE vf vf_scale(vf p, vf n, vf x, vf least)
 {
     __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_and_ps(_mm256_cmp_ps(x, least, _CMP_NLT_UQ), _mm256_mul_ps(p, _mm256_castsi256_ps(bits)));
+}
+
+/* p 2^n, where n is what adding 1.5 2^23 left in the low bits of t */
+SIMD_INLINE vf vf_scale_magic(vf p, vf t)
+{
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(t), 23)));
+}
+/* Whether some lane of a is greater. */
+SIMD_INLINE int vf_any_above(vf a, vf b)
+{
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
 }
 
 #endif
