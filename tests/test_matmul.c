@@ -166,6 +166,8 @@ static void test_instruction_sets_agree_bit_for_bit(void **state)
     random_seed(&r, 7);
     float *x = random_floats(&r, N * N_IN), *expected = malloc(N * N_OUT * sizeof(float)), *y = malloc(N * N_OUT * sizeof(float));
     for (int i = 0; i < N_IN; i++) x[i + N_IN] *= 1e-20f, x[i + 2 * N_IN] = 0;
+    for (int t = 3; t < N; t++) /* massive activations */
+        for (int i = 0; i < t % 4; i++) x[t * N_IN + (t * 37 + 64 * i) % N_IN] *= 50;
     for (size_t k = 0; k < TEST_COUNT(quantized_types); k++) {
         uint8_t *blocks = random_blocks(&r, quantized_types[k], N_OUT * N_IN);
         weight w;
@@ -200,6 +202,7 @@ static void test_a_row_does_not_depend_on_its_batch_or_on_threads(void **state)
     random_state r;
     random_seed(&r, 8);
     float *x = random_floats(&r, N * N_IN), *alone = malloc(N * N_OUT * sizeof(float)), *y = malloc(N * N_OUT * sizeof(float));
+    for (int t = 0; t < N; t++) x[t * N_IN + t * 29 % N_IN] *= 50;
     for (size_t k = 0; k < TEST_COUNT(types); k++) {
         uint8_t *blocks = random_blocks(&r, types[k], N_OUT * N_IN);
         for (int j = 0; j < 2 * n_tables; j++) {
@@ -471,6 +474,50 @@ static void precise_activations_lose_nothing_that_matters(void **state)
     for (size_t i = 0; i < TEST_COUNT(quantized_types); i++) check_precise(quantized_types[i]);
 }
 
+/* A few massive activations in rows of one term: their blocks get a second one, so that what they add to the error is what 32 ordinary floats do. */
+static void massive_activations_do_not_coarsen_their_blocks(void **state)
+{
+    (void)state;
+    enum { N = 50, N_IN = 768, N_OUT = 20 }; /* two blocks of 24 stand out far enough */
+    const matmul_kernels *tables[4];
+    int n_tables = kernels_here(tables);
+    thread_pool *pool = thread_pool_create(2, NULL);
+    random_state r;
+    random_seed(&r, 13);
+    float *x = random_floats(&r, N * N_IN), *dense = malloc(N_OUT * N_IN * sizeof *dense), y[N * N_OUT];
+    for (int t = 0; t < N; t++)
+        for (int i = 0; i < t % 3; i++) x[t * N_IN + (t * 37 + 160 * i) % N_IN] = 300;
+    for (size_t k = 0; k < TEST_COUNT(quantized_types); k++) {
+        block_type type = quantized_types[k];
+        uint8_t *blocks = random_blocks(&r, type, N_OUT * N_IN);
+        block_dequantize(type, blocks, N_OUT * N_IN, dense);
+        for (int i = 0; i < n_tables; i++) {
+            weight w;
+            assert_int_equal(weight_make(&w, tables[i], pool, type, N_OUT, N_IN, blocks, NULL), QUARRY_OK);
+            product(tables[i], pool, &w, x, N, false, y);
+            for (int t = 0; t < N; t++)
+                for (int row = 0; row < N_OUT; row++) {
+                    double exact = 0, square = 0;
+                    for (int j = 0; j < N_IN; j++) {
+                        double weight_j = (double)dense[row * N_IN + j];
+                        exact += (double)x[t * N_IN + j] * weight_j;
+                        square += weight_j * weight_j;
+                    }
+                    /* Ordinary floats are rounded to steps of 4 / 127 at most: five standard deviations of the sum. Steps of 300 / 127 exceed that by far. */
+                    double bound = 5 * 4.0 / 127 / sqrt(12) * sqrt(square) + 1e-5 * fabs(exact);
+                    if (!(fabs(exact - (double)y[t * N_OUT + row]) <= bound))
+                        fail_msg("%s table %d, token %d row %d: %g, exact %g, bound %g", block_type_name(type), i, t, row,
+                                 (double)y[t * N_OUT + row], exact, bound);
+                }
+            weight_free(&w);
+        }
+        free(blocks);
+    }
+    thread_pool_destroy(pool);
+    free(x);
+    free(dense);
+}
+
 /* Zeros, tiny, huge and infinite floats among ordinary ones, in groups that are full and not. */
 static void activations_are_the_same_bytes_on_every_instruction_set(void **state)
 {
@@ -517,6 +564,7 @@ int main(void)
         cmocka_unit_test(test_bad_shapes_and_types_are_refused),
         cmocka_unit_test(activations_are_the_same_bytes_on_every_instruction_set),
         cmocka_unit_test(precise_activations_lose_nothing_that_matters),
+        cmocka_unit_test(massive_activations_do_not_coarsen_their_blocks),
         cmocka_unit_test(test_running_out_of_memory_is_an_error),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -200,13 +200,12 @@ static void smollm2_answers_as_the_reference(void **state)
     assert_true(mean_divergence(false) < 1e-4);
 }
 
-/* A document's rows have one term. What that costs varies with the instruction set and the batch, as other roundings fall differently: 2.7e-3 to 3.7e-3 were
- * seen. The bound guards against more; it is above the 2e-3 that answering rows are held to. */
+/* A document's rows have one term, and a second for the few blocks with massive activations. */
 static void smollm2_reads_nearly_as_the_reference(void **state)
 {
     (void)state;
     double mean = mean_divergence(true);
-    assert_true(mean > 0 && mean < 6e-3);
+    assert_true(mean > 0 && mean < 2e-3);
 }
 
 /* Where the reference's two best logits are further apart than f16 keys and values explain, the greedy token is the same. */

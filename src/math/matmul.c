@@ -108,7 +108,42 @@ void weight_row(const weight *w, int64_t row, float *out)
 
 size_t activations_bytes(int64_t n_rows, int64_t n_in, bool precise)
 {
-    return (activation_bytes(n_rows, n_in, precise) + 63) / 64 * 64;
+    size_t n_bytes = (activation_bytes(n_rows, n_in, precise) + 63) / 64 * 64;
+    if (!precise) n_bytes += (size_t)((n_rows + ACTIVATION_GROUP - 1) / ACTIVATION_GROUP) * rest_list_bytes(n_in);
+    return n_bytes;
+}
+
+/* The lists of what one term leaves, behind the groups; NULL for precise activations. */
+static const rest_list *activations_rests(const activations *a)
+{
+    if (a->precise) return NULL;
+    return (const rest_list *)(const void *)((const uint8_t *)a->quantized + (activation_bytes(a->n_rows, a->n_in, false) + 63) / 64 * 64);
+}
+
+/* The rests of a group of n rows. Each row's depend on that row alone, so that a document gives the same in parts of any size. */
+static void quantize_rests(const matmul_kernels *kernels, const float *x, int n, int64_t n_in, const uint8_t *group, rest_list *list)
+{
+    int64_t n_blocks = n_in / SUB_BLOCK, step = n * activation_row_bytes(false);
+    const uint8_t *scales = group + n * SUB_BLOCK;
+    double limit[ACTIVATION_GROUP] = {0};
+    for (int64_t b = 0; b < n_blocks; b++) {
+        const activation_scale *s = (const activation_scale *)(const void *)(scales + b * step);
+        for (int t = 0; t < n; t++) limit[t] += (double)s[t].d * (double)s[t].d * REST_LIMIT / (double)n_blocks;
+    }
+    list->n = 0;
+    for (int64_t b = 0; b < n_blocks; b++) {
+        const activation_scale *s = (const activation_scale *)(const void *)(scales + b * step);
+        for (int t = 0; t < n; t++) {
+            if (!((double)s[t].d * (double)s[t].d > limit[t])) continue; /* NaN: no rest */
+            const int8_t *q = (const int8_t *)group + b * step + t * SUB_BLOCK;
+            float rest[SUB_BLOCK];
+            for (int i = 0; i < SUB_BLOCK; i++) rest[i] = x[t * n_in + b * SUB_BLOCK + i] - s[t].d * (float)q[i];
+            rest_block *block = &list->blocks[list->n++];
+            kernels->quantize(rest, 1, SUB_BLOCK, (uint8_t *)block);
+            block->block = (int32_t)b;
+            block->row = t;
+        }
+    }
 }
 
 struct quantize_loop {
@@ -124,7 +159,14 @@ static void quantize_group(void *context, int64_t group, int thread)
     int64_t rows = activation_group(a->precise), first = group * rows;
     int n = (int)(a->n_rows - first < rows ? a->n_rows - first : rows);
     uint8_t *out = (uint8_t *)a->quantized + activation_bytes(first, a->n_in, a->precise);
-    (a->precise ? loop->kernels->quantize_pairs : loop->kernels->quantize)(a->x + first * a->n_in, n, a->n_in, out);
+    const float *x = a->x + first * a->n_in;
+    if (a->precise) {
+        loop->kernels->quantize_pairs(x, n, a->n_in, out);
+        return;
+    }
+    loop->kernels->quantize(x, n, a->n_in, out);
+    rest_list *list = (rest_list *)(uintptr_t)rest_list_at(activations_rests(a), group, a->n_in);
+    quantize_rests(loop->kernels, x, n, a->n_in, out, list);
 }
 
 void activations_quantize(activations *a, const matmul_kernels *kernels, thread_pool *pool)
@@ -209,11 +251,12 @@ static void run_panels(const struct matmul_loop *loop, const matmul_job *job, in
     for (int64_t first = 0; first < a->n_rows; first += step) {
         int64_t n = a->n_rows - first < step ? a->n_rows - first : step;
         const uint8_t *quantized = (const uint8_t *)a->quantized + activation_bytes(first, a->n_in, a->precise);
+        const rest_list *rests = a->precise ? NULL : rest_list_at(activations_rests(a), first / ACTIVATION_GROUP, a->n_in);
         for (int64_t p = begin; p < end; p++) {
             const uint8_t *data = (const uint8_t *)w->data + (size_t)p * n_bytes;
             int64_t n_w = w->n_out - p * PANEL_ROWS;
             if (w->packed) {
-                loop->kernels->panel(w->type, data, a->n_in, quantized, n, a->precise, out);
+                loop->kernels->panel(w->type, data, a->n_in, quantized, rests, n, out);
             } else {
                 loop->kernels->floats(w->type, data, n_w < PANEL_ROWS ? (int)n_w : PANEL_ROWS, a->n_in, a->x + first * a->n_in, n, out);
             }

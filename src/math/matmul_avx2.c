@@ -255,6 +255,27 @@ static ALWAYS_INLINE void group_multiply(const block_type type, const bool pairs
     }
 }
 
+/* out[n][16] += what the first terms left: few blocks here and there, and the panel is in the cache. */
+static ALWAYS_INLINE void add_rests(const block_type type, const panel_layout *layout, const uint8_t *panel, int64_t n_in,
+                                    const rest_list *rests, int64_t n, float *out)
+{
+    const int n_sub = layout->n_weights / SUB_BLOCK;
+    for (int64_t first = 0; first < n; first += ACTIVATION_GROUP, out += ACTIVATION_GROUP * PANEL_ROWS) {
+        const rest_list *list = rest_list_at(rests, first / ACTIVATION_GROUP, n_in);
+        for (const rest_block *r = list->blocks, *end = r + list->n; r < end;) {
+            const int32_t block = r->block;
+            weights w;
+            unpack(type, layout, panel + block / n_sub * layout->n_bytes, block % n_sub, &w);
+            for (; r < end && r->block == block; r++) {
+                float *y = out + r->row * PANEL_ROWS;
+                __m256 acc[1][2] = {{_mm256_loadu_ps(y), _mm256_loadu_ps(y + 8)}};
+                multiply(type, false, 1, &w, (const uint8_t *)r->q, &r->scale, acc);
+                for (int half = 0; half < 2; half++) _mm256_storeu_ps(y + 8 * half, acc[0][half]);
+            }
+        }
+    }
+}
+
 static ALWAYS_INLINE void product(const block_type type, const bool pairs, const uint8_t *panel, int64_t n_in, const uint8_t *quantized,
                                   int64_t n, float *out)
 {
@@ -281,12 +302,17 @@ static ALWAYS_INLINE void product(const block_type type, const bool pairs, const
 }
 
 #define PRODUCT(name)                                                                                                                      \
-    static void product_##name(const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, bool pairs, float *out)            \
+    static void product_##name(const uint8_t *panel, int64_t n_in, const uint8_t *quantized, const rest_list *rests, int64_t n,            \
+                               float *out)                                                                                                 \
     {                                                                                                                                      \
-        if (pairs)                                                                                                                         \
+        if (!rests) {                                                                                                                      \
             product(BLOCK_##name, true, panel, n_in, quantized, n, out);                                                                   \
-        else                                                                                                                               \
-            product(BLOCK_##name, false, panel, n_in, quantized, n, out);                                                                  \
+            return;                                                                                                                        \
+        }                                                                                                                                  \
+        panel_layout layout;                                                                                                               \
+        panel_layout_get(BLOCK_##name, &layout);                                                                                           \
+        product(BLOCK_##name, false, panel, n_in, quantized, n, out);                                                                      \
+        add_rests(BLOCK_##name, &layout, panel, n_in, rests, n, out);                                                                      \
     }
 PRODUCT(Q4_0)
 PRODUCT(Q4_1)
@@ -300,20 +326,21 @@ PRODUCT(Q4_K)
 PRODUCT(Q5_K)
 PRODUCT(Q6_K)
 
-static void panel_product(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, bool pairs, float *out)
+static void panel_product(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, const rest_list *rests, int64_t n,
+                          float *out)
 {
     switch ((int)type) {
-    case BLOCK_Q4_0: product_Q4_0(panel, n_in, quantized, n, pairs, out); break;
-    case BLOCK_Q4_1: product_Q4_1(panel, n_in, quantized, n, pairs, out); break;
-    case BLOCK_Q5_0: product_Q5_0(panel, n_in, quantized, n, pairs, out); break;
-    case BLOCK_Q5_1: product_Q5_1(panel, n_in, quantized, n, pairs, out); break;
-    case BLOCK_Q8_0: product_Q8_0(panel, n_in, quantized, n, pairs, out); break;
-    case BLOCK_IQ4_NL: product_IQ4_NL(panel, n_in, quantized, n, pairs, out); break;
-    case BLOCK_Q2_K: product_Q2_K(panel, n_in, quantized, n, pairs, out); break;
-    case BLOCK_Q3_K: product_Q3_K(panel, n_in, quantized, n, pairs, out); break;
-    case BLOCK_Q4_K: product_Q4_K(panel, n_in, quantized, n, pairs, out); break;
-    case BLOCK_Q5_K: product_Q5_K(panel, n_in, quantized, n, pairs, out); break;
-    default: product_Q6_K(panel, n_in, quantized, n, pairs, out); break;
+    case BLOCK_Q4_0: product_Q4_0(panel, n_in, quantized, rests, n, out); break;
+    case BLOCK_Q4_1: product_Q4_1(panel, n_in, quantized, rests, n, out); break;
+    case BLOCK_Q5_0: product_Q5_0(panel, n_in, quantized, rests, n, out); break;
+    case BLOCK_Q5_1: product_Q5_1(panel, n_in, quantized, rests, n, out); break;
+    case BLOCK_Q8_0: product_Q8_0(panel, n_in, quantized, rests, n, out); break;
+    case BLOCK_IQ4_NL: product_IQ4_NL(panel, n_in, quantized, rests, n, out); break;
+    case BLOCK_Q2_K: product_Q2_K(panel, n_in, quantized, rests, n, out); break;
+    case BLOCK_Q3_K: product_Q3_K(panel, n_in, quantized, rests, n, out); break;
+    case BLOCK_Q4_K: product_Q4_K(panel, n_in, quantized, rests, n, out); break;
+    case BLOCK_Q5_K: product_Q5_K(panel, n_in, quantized, rests, n, out); break;
+    default: product_Q6_K(panel, n_in, quantized, rests, n, out); break;
     }
 }
 

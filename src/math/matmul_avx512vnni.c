@@ -344,6 +344,29 @@ GROUP(pairs_fine_min, true, true, true)
 static const group_fn group_functions[2][2][2] = {{{rows_plain, rows_min}, {rows_fine, rows_fine_min}},
                                                   {{pairs_plain, pairs_min}, {pairs_fine, pairs_fine_min}}};
 
+/* out[n][16] += what the first terms left: few blocks here and there, and the panel is in the cache. */
+static ALWAYS_INLINE void add_rests(const block_type type, const panel_layout *layout, const uint8_t *panel, int64_t n_in,
+                                    const rest_list *rests, int64_t n, float *out)
+{
+    const int n_sub = layout->n_weights / SUB_BLOCK;
+    for (int64_t first = 0; first < n; first += ACTIVATION_GROUP, out += ACTIVATION_GROUP * PANEL_ROWS) {
+        const rest_list *list = rest_list_at(rests, first / ACTIVATION_GROUP, n_in);
+        for (const rest_block *r = list->blocks, *end = r + list->n; r < end;) {
+            const int32_t block = r->block;
+            const uint8_t *data = panel + block / n_sub * layout->n_bytes;
+            weights w;
+            unpack_quants(type, data + layout->planes + block % n_sub * layout->sub_bytes, w.q);
+            unpack_scales(type, layout, data, block % n_sub, &w);
+            for (; r < end && r->block == block; r++) {
+                __m512 y = _mm512_loadu_ps(out + r->row * PANEL_ROWS);
+                multiply(1, false, type_is_fine(type), type_has_min(type), (unsigned)type_shift(type), &w, (const uint8_t *)r->q, &r->scale,
+                         &y);
+                _mm512_storeu_ps(out + r->row * PANEL_ROWS, y);
+            }
+        }
+    }
+}
+
 static ALWAYS_INLINE void product(const block_type type, const bool pairs, const uint8_t *panel, int64_t n_in, const uint8_t *quantized,
                                   int64_t n, float *out)
 {
@@ -371,12 +394,17 @@ static ALWAYS_INLINE void product(const block_type type, const bool pairs, const
 }
 
 #define PRODUCT(name)                                                                                                                      \
-    static void product_##name(const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, bool pairs, float *out)            \
+    static void product_##name(const uint8_t *panel, int64_t n_in, const uint8_t *quantized, const rest_list *rests, int64_t n,            \
+                               float *out)                                                                                                 \
     {                                                                                                                                      \
-        if (pairs)                                                                                                                         \
+        if (!rests) {                                                                                                                      \
             product(BLOCK_##name, true, panel, n_in, quantized, n, out);                                                                   \
-        else                                                                                                                               \
-            product(BLOCK_##name, false, panel, n_in, quantized, n, out);                                                                  \
+            return;                                                                                                                        \
+        }                                                                                                                                  \
+        panel_layout layout;                                                                                                               \
+        panel_layout_get(BLOCK_##name, &layout);                                                                                           \
+        product(BLOCK_##name, false, panel, n_in, quantized, n, out);                                                                      \
+        add_rests(BLOCK_##name, &layout, panel, n_in, rests, n, out);                                                                      \
     }
 PRODUCT(Q4_0)
 PRODUCT(Q4_1)
@@ -390,20 +418,21 @@ PRODUCT(Q4_K)
 PRODUCT(Q5_K)
 PRODUCT(Q6_K)
 
-static void panel_product(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, bool pairs, float *out)
+static void panel_product(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, const rest_list *rests, int64_t n,
+                          float *out)
 {
     switch ((int)type) {
-    case BLOCK_Q4_0: product_Q4_0(panel, n_in, quantized, n, pairs, out); break;
-    case BLOCK_Q4_1: product_Q4_1(panel, n_in, quantized, n, pairs, out); break;
-    case BLOCK_Q5_0: product_Q5_0(panel, n_in, quantized, n, pairs, out); break;
-    case BLOCK_Q5_1: product_Q5_1(panel, n_in, quantized, n, pairs, out); break;
-    case BLOCK_Q8_0: product_Q8_0(panel, n_in, quantized, n, pairs, out); break;
-    case BLOCK_IQ4_NL: product_IQ4_NL(panel, n_in, quantized, n, pairs, out); break;
-    case BLOCK_Q2_K: product_Q2_K(panel, n_in, quantized, n, pairs, out); break;
-    case BLOCK_Q3_K: product_Q3_K(panel, n_in, quantized, n, pairs, out); break;
-    case BLOCK_Q4_K: product_Q4_K(panel, n_in, quantized, n, pairs, out); break;
-    case BLOCK_Q5_K: product_Q5_K(panel, n_in, quantized, n, pairs, out); break;
-    default: product_Q6_K(panel, n_in, quantized, n, pairs, out); break;
+    case BLOCK_Q4_0: product_Q4_0(panel, n_in, quantized, rests, n, out); break;
+    case BLOCK_Q4_1: product_Q4_1(panel, n_in, quantized, rests, n, out); break;
+    case BLOCK_Q5_0: product_Q5_0(panel, n_in, quantized, rests, n, out); break;
+    case BLOCK_Q5_1: product_Q5_1(panel, n_in, quantized, rests, n, out); break;
+    case BLOCK_Q8_0: product_Q8_0(panel, n_in, quantized, rests, n, out); break;
+    case BLOCK_IQ4_NL: product_IQ4_NL(panel, n_in, quantized, rests, n, out); break;
+    case BLOCK_Q2_K: product_Q2_K(panel, n_in, quantized, rests, n, out); break;
+    case BLOCK_Q3_K: product_Q3_K(panel, n_in, quantized, rests, n, out); break;
+    case BLOCK_Q4_K: product_Q4_K(panel, n_in, quantized, rests, n, out); break;
+    case BLOCK_Q5_K: product_Q5_K(panel, n_in, quantized, rests, n, out); break;
+    default: product_Q6_K(panel, n_in, quantized, rests, n, out); break;
     }
 }
 

@@ -94,8 +94,26 @@ static float accumulate(const block_traits *t, const panel_values *w, int row, c
     return fmaf(w->min[1][row], s->d * (float)(s->minus_lo - s->minus), y);
 }
 
-static void panel_product(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, int64_t n, bool pairs, float *out)
+/* out[n][16] += what the first terms left. */
+static void add_rests(block_type type, const panel_layout *layout, const uint8_t *panel, int64_t n_in, const rest_list *rests, int64_t n,
+                      float *out)
 {
+    int n_sub = layout->n_weights / SUB_BLOCK;
+    for (int64_t first = 0; first < n; first += ACTIVATION_GROUP, out += ACTIVATION_GROUP * PANEL_ROWS) {
+        const rest_list *list = rest_list_at(rests, first / ACTIVATION_GROUP, n_in);
+        for (const rest_block *r = list->blocks; r < list->blocks + list->n; r++) {
+            panel_values w;
+            panel_unpack(type, layout, panel + r->block / n_sub * layout->n_bytes, r->block % n_sub, &w);
+            float *y = out + r->row * PANEL_ROWS;
+            for (int row = 0; row < PANEL_ROWS; row++) y[row] = accumulate(block_traits_get(type), &w, row, r->q, false, &r->scale, y[row]);
+        }
+    }
+}
+
+static void panel_product(block_type type, const uint8_t *panel, int64_t n_in, const uint8_t *quantized, const rest_list *rests, int64_t n,
+                          float *out)
+{
+    const bool pairs = !rests;
     const block_traits *traits = block_traits_get(type);
     panel_layout layout;
     panel_layout_get(type, &layout);
@@ -113,6 +131,7 @@ static void panel_product(block_type type, const uint8_t *panel, int64_t n_in, c
                 y[row] = accumulate(traits, &w, row, (const int8_t *)block + (t - first) * n_q, pairs, s, y[row]);
         }
     }
+    if (!pairs) add_rests(type, &layout, panel, n_in, rests, n, out);
 }
 
 static void floats_product(block_type type, const void *w, int n_w, int64_t n_in, const float *x, int64_t n, float *out)
