@@ -14,7 +14,7 @@
 #include "attn/attn.h"
 
 enum {
-    TILE_VECTORS = 192, /* query vectors of a tile task: converting a key tile to f32 is then about 1 % of the work */
+    TILE_VECTORS = 192, /* query vectors of a tile task: converting a key tile is then 1 to 3 % of the work */
     SPLIT = 2048,       /* keys of a split task */
     TILE_FROM = 4,      /* shortest run that is tiled; rows of a document always are: their rounding must not depend on the batch */
 };

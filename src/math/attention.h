@@ -35,7 +35,7 @@ typedef struct attention_kernels {
                  attention_state *state);
 
     /* The same for rows that read a document: may round f16 rows and their queries to bf16 (avx512bf16). A score then errs by at most
-     * e = 1.01 2^-8 sum |q_i k_i|, o / l by at most (exp(2 e) - 1 + 2^-7) max |v|, and m is a score at most ATTENTION_LAG below the largest. */
+     * e = 1.01 2^-7 sum |q_i k_i|, o / l by at most (exp(2 e + 2^-6) - 1) max |v|. */
     void (*tile_coarse)(const float *q, const int *limit, int nq, int d, kv_type type, const void *rows, int n, void *scratch,
                         attention_state *state);
 } attention_kernels;

@@ -2,8 +2,8 @@
  * that of attention_avx512.c.
  *
  * Keys and values are rounded to bf16 once per tile and laid out in pairs, as vdpbf16ps takes them: two neighbouring elements of a key, the same
- * element of two neighbouring values. A block of QUERIES queries then needs no memory but the panels: its scores against all 64 keys stand in
- * registers (4 vectors each), become weights there and go out as bf16, and the outputs are multiplied 4 vectors at a time.
+ * element of two neighbouring values. A block of QUERIES queries then has its scores against all 64 keys in registers
+ * (4 vectors each), and its outputs 4 vectors at a time.
  *
  * The maximum of a query is raised only when a score exceeds it by more than ATTENTION_LAG, which is rare after the first tile, so that the sums are
  * seldom rescaled and no maximum across a vector is taken. l sums the weights as rounded for the values. */
@@ -41,7 +41,7 @@ SIMD_INLINE vf dot_pairs(vf sum, __m512i a, __m512i b)
 }
 
 /* exp(x - shift) to 8e-5, where shift_log2 is shift / ln 2; 2^-126 for everything smaller. x - shift <= 88. The weight is rounded to bf16 next, which
- * is 50 times coarser. 2^n is added to the exponent of the polynomial as the low bits that adding 1.5 2^23 leaves. */
+ * is 50 times coarser. */
 SIMD_INLINE vf exp_rough(vf x, vf shift_log2)
 {
     const vf magic = vf_set(12582912.0f);
@@ -50,7 +50,7 @@ SIMD_INLINE vf exp_rough(vf x, vf shift_log2)
     vf p = vf_fma(vf_set(5.517167e-2f), r, vf_set(2.4261112e-1f));
     p = vf_fma(p, r, vf_set(6.9326099e-1f));
     p = vf_fma(p, r, vf_set(9.9992807e-1f));
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
+    return vf_scale_magic(p, n);
 }
 
 /* ---- packing ---- */
@@ -144,34 +144,54 @@ SIMD_INLINE void raise(const tile_job *job, int64_t i, float max)
     *m = max;
 }
 
-/* Weights of queries [i, i + R) for V vectors of keys, to job->p, and their sum. MASKED: some query sees fewer keys than that. */
-SIMD_INLINE void weigh_block(const tile_job *job, int64_t i, const int R, const int V, const bool MASKED)
+/* scores[R][ATTENTION_TILE] of the block against V vectors of keys. */
+SIMD_INLINE void score_block(const tile_job *job, float *scores, const int R, const int V)
 {
     vf acc[QUERIES][VECTORS];
-    const __m512i ones = _mm512_set1_epi16(0x3F80);
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) acc[r][v] = vf_zero();
     panel_product(acc, job->block, job->d / 2, job->d / 2, job->keys, ATTENTION_TILE, R, V);
-    for (int r = 0; r < R; r++) {
-        uint64_t seen = MASKED && job->limit[i + r] < 64 ? ((uint64_t)1 << job->limit[i + r]) - 1 : ~(uint64_t)0;
-        vf top = vf_set(-INFINITY);
-        for (int v = 0; v < V; v++) {
-            if (MASKED) acc[r][v] = _mm512_mask_blend_ps((__mmask16)(seen >> 16 * v), vf_set(-INFINITY), acc[r][v]);
-            top = vf_max(top, acc[r][v]);
-        }
-        if (_mm512_cmp_ps_mask(top, vf_set(job->state.m[i + r] + ATTENTION_LAG), _CMP_GT_OQ)) raise(job, i + r, vf_top(top));
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) vf_store(scores + r * ATTENTION_TILE + v * LANES, acc[r][v]);
+}
+
+/* Weights of query i from its scores against V vectors of keys, to p[KEY_PAIRS]; returns sums of 16 parts of them. MASKED: it may see fewer keys than
+ * that. */
+SIMD_INLINE vf weigh_row(const tile_job *job, int64_t i, const float *scores, uint32_t *p, const int V, const bool MASKED)
+{
+    uint64_t seen = MASKED && job->limit[i] < ATTENTION_TILE ? ((uint64_t)1 << job->limit[i]) - 1 : ~(uint64_t)0;
+    vf x[VECTORS + 1], top = vf_set(-INFINITY), sum = vf_zero();
+    for (int v = 0; v < V; v++) {
+        x[v] = vf_load(scores + v * LANES);
+        if (MASKED) x[v] = _mm512_mask_blend_ps((__mmask16)(seen >> 16 * v), vf_set(-INFINITY), x[v]);
+        top = vf_max(top, x[v]);
     }
-    for (int r = 0; r < R; r++) {
-        uint64_t seen = MASKED && job->limit[i + r] < 64 ? ((uint64_t)1 << job->limit[i + r]) - 1 : ~(uint64_t)0;
-        vf shift = vf_set(job->state.m[i + r] * 1.44269504f), sum = vf_zero();
-        for (int v = 0; v < V; v += 2) {
-            vf a = exp_rough(acc[r][v], shift), b = v + 1 < V ? exp_rough(acc[r][v + 1], shift) : vf_zero();
-            __m512i pairs = to_bf16(a, b);
-            if (MASKED) pairs = _mm512_maskz_mov_epi16((__mmask32)(seen >> 16 * v), pairs);
-            sum = dot_pairs(sum, pairs, ones);
-            _mm512_storeu_si512(job->p + r * KEY_PAIRS + v * 8, pairs);
-        }
-        job->state.l[i + r] += vf_sum(sum);
+    if (vf_any_above(top, vf_set(job->state.m[i] + ATTENTION_LAG))) raise(job, i, vf_top(top));
+    vf shift = vf_set(job->state.m[i] * 1.44269504f);
+    for (int v = 0; v < V; v++) x[v] = exp_rough(x[v], shift);
+    x[V] = vf_zero();
+    for (int v = 0; v < V; v += 2) {
+        __m512i pairs = to_bf16(x[v], x[v + 1]);
+        if (MASKED) pairs = _mm512_maskz_mov_epi16((__mmask32)(seen >> 16 * v), pairs);
+        sum = dot_pairs(sum, pairs, _mm512_set1_epi16(0x3F80)); /* times 1 */
+        _mm512_storeu_si512(p + v * LANES / 2, pairs);
+    }
+    return sum;
+}
+
+SIMD_INLINE void weigh_block(const tile_job *job, int64_t i, const int R, const int V, const bool MASKED)
+{
+    float scores[QUERIES * ATTENTION_TILE], *l = job->state.l + i;
+    vf sum[QUERIES];
+    score_block(job, scores, R, V);
+    for (int r = 0; r < R; r++) sum[r] = weigh_row(job, i + r, scores + r * ATTENTION_TILE, job->p + r * KEY_PAIRS, V, MASKED);
+    if (R == QUERIES) {
+        __m128 rest = vf_sum4(sum[4], sum[5], vf_zero(), vf_zero());
+        _mm_storeu_ps(l, _mm_add_ps(_mm_loadu_ps(l), vf_sum4(sum[0], sum[1], sum[2], sum[3])));
+        l[4] += _mm_cvtss_f32(rest);
+        l[5] += _mm_cvtss_f32(_mm_movehdup_ps(rest));
+    } else {
+        for (int r = 0; r < R; r++) l[r] += _mm_cvtss_f32(vf_sum4(sum[r], vf_zero(), vf_zero(), vf_zero())); /* in the same order */
     }
 }
 
@@ -207,6 +227,13 @@ SIMD_INLINE void value_rows(const tile_job *job, int64_t i, int n, const int R)
     }
 }
 
+SIMD_INLINE void round_query(const float *q, int d, uint16_t *out)
+{
+    int i = 0;
+    for (; i + 32 <= d; i += 32) _mm512_storeu_si512(out + i, to_bf16(vf_load(q + i), vf_load(q + i + 16)));
+    for (; i < d; i += 8) _mm_storeu_si128((__m128i *)(out + i), (__m128i)_mm256_cvtneps_pbh(_mm256_loadu_ps(q + i)));
+}
+
 /* Queries [i, i + R). */
 SIMD_INLINE void attend_block(const tile_job *job, int64_t i, const int R)
 {
@@ -217,10 +244,7 @@ SIMD_INLINE void attend_block(const tile_job *job, int64_t i, const int R)
         most = limit > most ? limit : most;
     }
     if (most == 0) return;
-    for (int r = 0; r < R; r++)
-        for (int e = 0; e < d; e += 8)
-            _mm_storeu_si128((__m128i *)(job->block + (r * d + e) / 2),
-                             (__m128i)_mm256_cvtneps_pbh(_mm256_loadu_ps(job->q + (i + r) * d + e)));
+    for (int r = 0; r < R; r++) round_query(job->q + (i + r) * d, d, (uint16_t *)(job->block + r * d / 2));
     if (least == ATTENTION_TILE) {
         weigh_block(job, i, R, VECTORS, false);
     } else {
