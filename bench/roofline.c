@@ -32,7 +32,7 @@ enum {
 
 /* Where a kernel's bytes come from, and which operations it does. */
 typedef enum source { FROM_MEMORY, FROM_L2, FROM_L1 } source;
-typedef enum arithmetic { NO_OPS, F32, INT8, SHUFFLE } arithmetic;
+typedef enum arithmetic { NO_OPS, F32, INT8, SHUFFLE, BF16 } arithmetic;
 
 /* What one thread needs. */
 typedef struct bench_thread {
@@ -134,9 +134,10 @@ static double byte_peak(const bench *b, const kernel *k, const char **name, bool
 
 static double op_peak(const bench *b, const kernel *k, const char **name, bool one)
 {
-    static const char *const names[] = {"", "f32 arithmetic", "int8 arithmetic", "byte shuffles"};
+    static const char *const names[] = {"", "f32 arithmetic", "int8 arithmetic", "byte shuffles", "bf16 arithmetic"};
     double all = k->arithmetic == F32    ? peaks_f32(b->peaks, b->isa)
                  : k->arithmetic == INT8 ? peaks_i8(b->peaks, b->isa)
+                 : k->arithmetic == BF16 ? b->peaks[PEAK_BF16_AVX512].all
                                          : peaks_shuffle(b->peaks, b->isa);
     *name = names[k->arithmetic];
     return one ? all / b->n_threads : all;
@@ -275,7 +276,8 @@ static void tile_task(void *context, int64_t part, int thread)
     attention_clear(&t->state, TILE_ROWS * GROUP, D);
     for (int64_t first = 0; first + ATTENTION_TILE <= b->n; first += ATTENTION_TILE)
         b->kernels->attention->tile_coarse(b->q, b->limit, TILE_ROWS * GROUP, D, KV_F16,
-                                    part_rows(b, part) + (size_t)first * kv_row_bytes(KV_F16, D), ATTENTION_TILE, t->scratch, &t->state);
+                                           part_rows(b, part) + (size_t)first * kv_row_bytes(KV_F16, D), ATTENTION_TILE, t->scratch,
+                                           &t->state);
 }
 
 static void accumulate_rows_task(void *context, int64_t part, int thread)
@@ -483,7 +485,8 @@ static void bench_depth(bench *b, int64_t n)
     const kernel kernels[] = {
         {"attention rows, contiguous", "", tokens * row, tokens * 4 * D * GROUP, FROM_MEMORY, F32, 1, PARTS, rows_task, b},
         {"attention rows, one in 25", "", rows * row, rows * 4 * D * GROUP, FROM_MEMORY, F32, 1, PARTS, gather_task, b},
-        {"attention tile, 64 rows", "", tile * row, tile * 4 * D * GROUP * TILE_ROWS, FROM_MEMORY, F32, 1, tile_parts, tile_task, b},
+        {"attention tile, 64 rows", "", tile * row, tile * 4 * D * GROUP * TILE_ROWS, FROM_MEMORY, b->isa >= CPU_AVX512BF16 ? BF16 : F32, 1,
+         tile_parts, tile_task, b},
         {"scan", "", padded * N_SUB / 2, padded * 2 * N_SUB * GROUP, FROM_MEMORY, SHUFFLE, 1, PARTS, scan_task, b},
         {"exp_sum", "", padded * 2 * GROUP, padded * 4 * GROUP, FROM_L2, F32, 1, PARTS, exp_sum_task, b},
         {"merge", "", padded * 2 * (GROUP + 1), 0, FROM_L2, NO_OPS, 1, PARTS, merge_task, b},
