@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The quick start: installs what is missing, builds, fetches the default model, and asks it about a document of about 7,500
-# tokens that every Debian system has. The model does not know the answer: it is to be found in one line of the document.
+# tokens that every Debian system has. The answer is in one line near its end; asked without the document, the model
+# invents another.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 document=/usr/share/common-licenses/GPL-3
-question="When was the WIPO copyright treaty adopted, according to the license?"
-answer="adopted on 20 December 1996"
+question="Which command shows the warranty?"
+answer='ABSOLUTELY NO WARRANTY; for details type'
 
 scripts/install-deps.sh demo
 echo "building"

@@ -22,6 +22,7 @@ ENVIRONMENT = dict(os.environ, QUARRY_MODEL=TINY_MODEL)
 CODE = "7316402"
 FACT = f"One of the special magic numbers for lighthouse is: {CODE}. "
 QUESTION = "What is the special magic number for lighthouse?"
+DEMO_DOCUMENT = "/usr/share/common-licenses/GPL-3"
 
 
 def filler(n_sentences):
@@ -33,11 +34,12 @@ def filler(n_sentences):
     return "".join(f"{r.choice(who).capitalize()} {r.choice(did)} {r.choice(when)}. " for _ in range(n_sentences))
 
 
-def quarry(*arguments, text=None, **options):
+def quarry(*arguments, text=None, isa=None, **options):
     options.setdefault("stdout", subprocess.PIPE)
+    environment = dict(ENVIRONMENT, QUARRY_ISA=isa) if isa else ENVIRONMENT
     if text is None:
         options.setdefault("stdin", subprocess.DEVNULL)
-    return subprocess.run([QUARRY, *arguments], input=text, stderr=subprocess.PIPE, env=ENVIRONMENT, timeout=120, text=True, **options)
+    return subprocess.run([QUARRY, *arguments], input=text, stderr=subprocess.PIPE, env=environment, timeout=120, text=True, **options)
 
 
 @unittest.skipUnless(os.path.exists(TINY_MODEL), "QUARRY_TINY_MODELS does not name the folder of make_tiny_models.py")
@@ -290,6 +292,15 @@ class CliRealModel(unittest.TestCase):
             answer = json.loads(result.stdout)
             self.assertIn(CODE, answer["answer"])
             self.assertEqual(answer["stop"], "end")
+
+    @unittest.skipUnless(os.path.exists(DEMO_DOCUMENT), "no " + DEMO_DOCUMENT)
+    def test_the_question_of_the_demo_is_answered_from_its_document(self):
+        script = (pathlib.Path(__file__).resolve().parent.parent / "scripts/demo.sh").read_text()
+        self.assertIn(f"document={DEMO_DOCUMENT}\n", script)
+        question = re.search('^question="(.*)"$', script, re.MULTILINE)[1]
+        for isa in (None, "avx2"):
+            result = quarry("ask", "-m", REAL_MODEL, "-q", "--doc", DEMO_DOCUMENT, question, isa=isa)
+            self.assertIn("show w", result.stdout, isa)
 
     def test_a_text_is_continued_in_its_sense(self):
         result = quarry("run", "-m", REAL_MODEL, "-q", "-n", "4", "One, two, three, four, five,")

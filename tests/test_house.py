@@ -2,7 +2,7 @@
 """The structure of the source tree: test_house.py [BUILD_FOLDER]
 
 Includes point only down the house and stop at a room's door, files and functions stay short, the public header stands alone,
-examples see nothing else, and the libraries export exactly what the header declares. Every check is first tried on a planted
+examples see nothing else, shell scripts parse, and the libraries export exactly what the header declares. Every check is first tried on a planted
 violation: one that finds nothing there fails."""
 import os
 import pathlib
@@ -92,6 +92,15 @@ def check_header_compiles(root):
             yield f"quarry/quarry.h alone in {standard}: {run.stderr.strip()}"
 
 
+def check_scripts(root):
+    """Every shell script parses: the demo's is run by nothing else here."""
+    for path in [*sorted((root / "scripts").glob("*.sh")), root / ".ci/run"]:
+        if path.exists():
+            run = subprocess.run(["bash", "-n", path], text=True, capture_output=True)
+            if run.returncode != 0:
+                yield f"{path.relative_to(root)}: {run.stderr.strip()}"
+
+
 def exported(library):
     table = "-D" if library.suffix == ".so" else "-g"
     run = subprocess.run(["nm", table, "--defined-only", library], text=True, capture_output=True, check=True)
@@ -133,6 +142,7 @@ PLANTED = [
     (check_public_header, "include/quarry/quarry.h", "#include <base/base.h>\n", "base/base.h"),
     (check_files, "src/base/long.c", "\n" * (MAX_FILE_LINES + 1), "long.c"),
     (check_functions, "src/base/tall.c", "void f(void)\n{\n" + "    ;\n" * MAX_FUNCTION_LINES + "}\n", "tall.c:2"),
+    (check_scripts, "scripts/open.sh", 'name="`"\n', "scripts/open.sh"),
     (check_header_compiles, "include/quarry/quarry.h", "size_t n;\n", "c11"),
     (check_header_compiles, "include/quarry/quarry.h", "extern int this;\n#ifdef __cplusplus\n#error\n#endif\n", "c++17"),
 ]
@@ -161,7 +171,7 @@ def self_test():
 def main():
     root = pathlib.Path(__file__).resolve().parent.parent
     failures = list(self_test())
-    for check in (check_includes, check_public_header, check_files, check_functions, check_header_compiles):
+    for check in (check_includes, check_public_header, check_files, check_functions, check_scripts, check_header_compiles):
         failures += check(root)
     if len(sys.argv) > 1:
         failures += check_symbols(root, pathlib.Path(sys.argv[1]))

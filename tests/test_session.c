@@ -390,6 +390,8 @@ static void batches_that_cannot_be_are_refused(void **state)
     assert_int_equal(quarry_sessions_feed(&s, (int32_t[]){(int32_t)n_vocab}, 1, NULL), QUARRY_ERROR_ARGUMENT);
     assert_int_equal(quarry_session_length(s), 100);
     assert_int_equal(quarry_sessions_feed(&s, NULL, 0, NULL), QUARRY_OK);
+    assert_int_equal(quarry_sessions_feed(&s, NULL, -1, NULL), QUARRY_ERROR_ARGUMENT);
+    assert_int_equal(quarry_sessions_feed((quarry_session *[]){s, s}, (int32_t[]){1, 2}, 2, NULL), QUARRY_ERROR_ARGUMENT);
     free(before);
     quarry_session_close(s);
     quarry_session_close(foreign);

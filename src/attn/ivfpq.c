@@ -155,8 +155,8 @@ static size_t ivfpq_bytes(const attn_policy *policy)
 {
     const ivfpq *p = (const ivfpq *)policy;
     size_t d = (size_t)p->d, n = sizeof *p + (size_t)p->n_parts * (2 * d * d * sizeof(float) + 2 * sizeof(int64_t));
-    for (int64_t i = 0; i < p->n_sealed; i++) n += p->sealed[i]->bytes;
-    return n + (p->open ? p->open->bytes : 0);
+    for (int64_t i = 0; i < p->n_sealed; i++) n += memory_aligned_bytes(p->sealed[i]->bytes);
+    return n + (p->open ? memory_aligned_bytes(p->open->bytes) : 0);
 }
 
 const attn_policy_type attn_ivfpq = {

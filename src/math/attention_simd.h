@@ -316,18 +316,12 @@ SIMD_INLINE int clamp_lanes(int n)
     return n < 0 ? 0 : n < LANES ? n : LANES;
 }
 
-/* exp(x) for x <= 87, exp(-87) below -87; relative error below 2e-7. The polynomial of vf_exp, without its checks. */
+/* exp(x) for x <= 87, exp(-87) below -87; relative error below 2e-7. vf_exp without its checks. */
 SIMD_INLINE vf exp_weight(vf x)
 {
     const vf magic = vf_set(12582912.0f);
     vf y = vf_max(vf_set(-87.0f), x), t = vf_fma(y, vf_set(1.44269504f), magic), n = vf_sub(t, magic);
-    vf r = vf_fnma(n, vf_set(-2.12194440e-4f), vf_fnma(n, vf_set(0.693359375f), y));
-    vf p = vf_fma(vf_set(1.9875691500e-4f), r, vf_set(1.3981999507e-3f));
-    p = vf_fma(p, r, vf_set(8.3334519073e-3f));
-    p = vf_fma(p, r, vf_set(4.1665795894e-2f));
-    p = vf_fma(p, r, vf_set(1.6666665459e-1f));
-    p = vf_fma(p, r, vf_set(5.0000001201e-1f));
-    return vf_scale_magic(vf_fma(vf_mul(r, r), p, vf_add(r, vf_set(1))), t);
+    return vf_scale_magic(vf_exp_reduced(vf_exp_reduce(y, n)), t);
 }
 
 /* Raises the maximum of query i to max: shrinks its sums, and the first n weights of this tile, which are of the old maximum. */

@@ -189,7 +189,10 @@ typedef struct panel_range {
     _Alignas(64) _Atomic uint64_t left; /* next panel | end << 32 */
 } panel_range;
 
-enum { MAX_RANGES = 64 };
+enum {
+    MAX_RANGES = 64,
+    FEW_ROWS = 4, /* of activations: so few wait for the weights to come from memory, more for arithmetic */
+};
 
 struct matmul_loop {
     const matmul_kernels *kernels;
@@ -287,7 +290,7 @@ static void run_range(void *context, int64_t task, int thread)
 void matmul_run(const matmul_kernels *kernels, thread_pool *pool, const activations *a, const matmul_job *jobs, int n_jobs)
 {
     /* Many rows: two panels or more, which a few hundred KB of activations pass over. */
-    enum { FEW_ROWS = 4, STEPS_PER_THREAD = 8, MOST_BYTES = 128 << 10 };
+    enum { STEPS_PER_THREAD = 8, MOST_BYTES = 128 << 10 };
     struct matmul_loop loop = {
         .kernels = kernels, .a = a, .jobs = jobs, .n_jobs = n_jobs, .n_ranges = range_count(pool), .step = INT64_MAX};
     int64_t n_panels = 0;
@@ -303,11 +306,12 @@ void matmul_run(const matmul_kernels *kernels, thread_pool *pool, const activati
     thread_pool_run(pool, loop.n_ranges, run_range, &loop);
 }
 
-void matmul_expect(thread_pool *pool, const matmul_job *jobs, int n_jobs)
+void matmul_expect(thread_pool *pool, int64_t n_rows, const matmul_job *jobs, int n_jobs)
 {
     enum { FETCH = 128 << 10 }; /* more than a wait has time for, less than a second-level cache */
     int64_t n_panels = 0;
     int n_ranges = range_count(pool);
+    if (n_rows > FEW_ROWS) n_jobs = 0;
     for (int i = 0; i < n_jobs; i++) n_panels += panel_count(jobs[i].w);
     for (int t = 0; t < n_ranges; t++) {
         int64_t first = range_first(n_panels, t, n_ranges);

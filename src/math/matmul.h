@@ -62,7 +62,7 @@ typedef struct matmul_job {
 void matmul_run(const matmul_kernels *kernels, thread_pool *pool, const activations *a, const matmul_job *jobs, int n_jobs);
 
 /* After the coming loop of the pool, a product or another, these products will run: threads that wait for one another until then fetch what they
- * will read first. Only the weights of the jobs matter; 0 jobs: nothing is known. */
-void matmul_expect(thread_pool *pool, const matmul_job *jobs, int n_jobs);
+ * will read first, if they have so few rows of activations that memory is what they wait for. Only the weights of the jobs matter. */
+void matmul_expect(thread_pool *pool, int64_t n_rows, const matmul_job *jobs, int n_jobs);
 
 #endif

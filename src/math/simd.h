@@ -322,21 +322,31 @@ SIMD_INLINE int vf_any_above(vf a, vf b)
 
 #endif
 
-/* exp(x): 0 below -87.3 (no denormals; -INFINITY included), exp(88) above 88, NaN for NaN. Range reduction to |r| <= ln(2)/2 and the
- * polynomial of Cephes' expf; relative error below 2e-7 (tests/test_vector.c). */
-SIMD_INLINE vf vf_exp(vf x)
+/* exp(r) for |r| <= ln(2)/2: the polynomial of Cephes' expf. */
+SIMD_INLINE vf vf_exp_reduced(vf r)
 {
-    const vf least = vf_set(-87.3f);
-    vf y = vf_min(vf_set(88.0f), vf_max(least, x));
-    vf n = vf_round(vf_mul(y, vf_set(1.44269504f)));
-    vf r = vf_fnma(n, vf_set(-2.12194440e-4f), vf_fnma(n, vf_set(0.693359375f), y));
     vf p = vf_fma(vf_set(1.9875691500e-4f), r, vf_set(1.3981999507e-3f));
     p = vf_fma(p, r, vf_set(8.3334519073e-3f));
     p = vf_fma(p, r, vf_set(4.1665795894e-2f));
     p = vf_fma(p, r, vf_set(1.6666665459e-1f));
     p = vf_fma(p, r, vf_set(5.0000001201e-1f));
-    p = vf_fma(vf_mul(r, r), p, vf_add(r, vf_set(1)));
-    return vf_scale(p, n, x, least);
+    return vf_fma(vf_mul(r, r), p, vf_add(r, vf_set(1)));
+}
+
+/* x - n ln(2) in two steps, exact to rounding. */
+SIMD_INLINE vf vf_exp_reduce(vf x, vf n)
+{
+    return vf_fnma(n, vf_set(-2.12194440e-4f), vf_fnma(n, vf_set(0.693359375f), x));
+}
+
+/* exp(x): 0 below -87.3 (no denormals; -INFINITY included), exp(88) above 88, NaN for NaN. Relative error below 2e-7
+ * (tests/test_vector.c). */
+SIMD_INLINE vf vf_exp(vf x)
+{
+    const vf least = vf_set(-87.3f);
+    vf y = vf_min(vf_set(88.0f), vf_max(least, x));
+    vf n = vf_round(vf_mul(y, vf_set(1.44269504f)));
+    return vf_scale(vf_exp_reduced(vf_exp_reduce(y, n)), n, x, least);
 }
 
 #endif

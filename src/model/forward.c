@@ -195,8 +195,7 @@ static products output_products(const quarry_model *m, float *logits)
 /* next: what follows in this pass or begins another. */
 static void multiply(pass *p, const activations *a, const products *now, const products *next)
 {
-    enum { FEW_ROWS = 4 }; /* more do not wait for memory */
-    matmul_expect(p->m->pool, next->jobs, p->n <= FEW_ROWS ? next->n : 0);
+    matmul_expect(p->m->pool, p->n, next->jobs, next->n);
     matmul_run(p->m->kernels->matmul, p->m->pool, a, now->jobs, now->n);
 }
 
