@@ -125,7 +125,7 @@ static void decode(bench *b)
             for (int h = 0; h < g; h++) l[h] = 1, m[h] = 0;
             for (int i = 0; i < g * d; i++) scaled[i] = raw[i] * b->shape.scale;
             double start = now();
-            if (b->p->type->select(b->p, part, 0, raw, b->n, &state, &b->scratch, &sel, &cost, NULL) != QUARRY_OK) exit(1);
+            if (b->p->type->select(b->p, part, 0, NULL, raw, b->n, &state, &b->scratch, &sel, &cost, NULL) != QUARRY_OK) exit(1);
             double selected = now();
             const void **rows = arena_alloc(&b->scratch, (size_t)sel.n, sizeof *rows, NULL);
             float *scores = arena_alloc(&b->scratch, (size_t)(sel.n * g), sizeof *scores, NULL);
@@ -150,7 +150,7 @@ static void decode(bench *b)
     report("tail", tail, ROUNDS, 1e6, "us");
     report("select + tail", both, ROUNDS, 1e6, "us");
     printf("%-28s %8lld rows, %lld bytes of index, of %lld bytes of cache\n", "read per part", (long long)(n_rows / b->parts),
-           (long long)(cost.index_bytes / b->parts), (long long)(b->n * (int64_t)kv_row_bytes(b->shape.kv.type, d)));
+           (long long)(attn_cost_bytes(&cost, 0) / b->parts), (long long)(b->n * (int64_t)kv_row_bytes(b->shape.kv.type, d)));
     free(q);
     free(scaled);
     free(o);

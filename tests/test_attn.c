@@ -2,6 +2,7 @@
 #include "test.h"
 
 #include <math.h>
+#include <stdatomic.h>
 
 #include "attn/attn.h"
 
@@ -106,7 +107,7 @@ static void dense_rows_equal_naive_attention(void **state)
     setup_make(&s, 2, first + n);
     attn_row rows[150];
     attn_cost cost[150] = {{0}};
-    for (int64_t i = 0; i < n; i++) rows[i] = (attn_row){s.kv, NULL, first + i, true};
+    for (int64_t i = 0; i < n; i++) rows[i] = (attn_row){.kv = s.kv, .policy = NULL, .pos = first + i, .dense = true};
     float *q = queries(&s, n), *out = run(&s, rows, n, q, cost);
     check(&s, rows, n, q, out, 0, 0);
     for (int64_t i = 0; i < n; i++) assert_int_equal(cost[i].rows, HEADS_KV * (first + i + 1));
@@ -122,7 +123,9 @@ static void one_row_over_many_splits_equals_naive_attention(void **state)
     setup s;
     setup_make(&s, 3, n);
     attn_policy *full = attn_policy_create("full", &shape, s.kernels, NULL);
-    attn_row rows[] = {{s.kv, full, n - 1, false}, {s.kv, full, 17, false}, {s.kv, full, 0, false}};
+    attn_row rows[] = {{.kv = s.kv, .policy = full, .pos = n - 1, .dense = false},
+                       {.kv = s.kv, .policy = full, .pos = 17, .dense = false},
+                       {.kv = s.kv, .policy = full, .pos = 0, .dense = false}};
     float *q = queries(&s, 3), *out = run(&s, rows, 3, q, NULL);
     check(&s, rows, 3, q, out, 0, 0);
     attn_policy_destroy(full);
@@ -143,7 +146,7 @@ static void window_reads_sinks_and_local_rows_only(void **state)
     assert_true(window->n_far <= n - ATTN_WINDOW && window->n_far > n - ATTN_WINDOW - ATTN_BLOCK);
     assert_int_equal(attn_index_seal(window, s.kv, s.pool, s.scratch, &e), QUARRY_OK);
     assert_int_equal(window->n_far, n - ATTN_WINDOW);
-    attn_row row = {s.kv, window, n - 1, false};
+    attn_row row = {.kv = s.kv, .policy = window, .pos = n - 1, .dense = false};
     attn_cost cost = {0};
     float *q = queries(&s, 1), *out = run(&s, &row, 1, q, &cost);
     check(&s, &row, 1, q, out, ATTN_SINKS, n - ATTN_WINDOW);
@@ -158,6 +161,70 @@ static void window_reads_sinks_and_local_rows_only(void **state)
     setup_free(&s);
 }
 
+typedef struct told {
+    atomic_int n;
+    int64_t n_sinks, far_end;
+    bool all;
+    double log_mass[N_HEAD];
+} told;
+
+static void listen(void *data, const attn_reading *r, arena *scratch)
+{
+    told *t = data;
+    (void)scratch;
+    atomic_fetch_add(&t->n, 1);
+    if (r->head == 0) {
+        t->n_sinks = r->n_sinks;
+        t->far_end = r->far_end;
+        t->all = r->selected->all;
+    }
+    for (int g = 0; g < r->group; g++) t->log_mass[r->head * r->group + g] = (double)r->state->m[g] + log((double)r->state->l[g]);
+}
+
+/* Also where everything is read, which is otherwise not a search. */
+static void observer_is_told_what_each_head_read(void **state)
+{
+    (void)state;
+    const int64_t n = 1000;
+    setup s;
+    setup_make(&s, 2, n);
+    float *q = queries(&s, 1);
+    const char *const names[] = {"full", "window"};
+    for (int i = 0; i < 2; i++) {
+        quarry_error e = {0};
+        attn_policy *policy = attn_policy_create(names[i], &shape, s.kernels, &e);
+        assert_int_equal(attn_index_advance(policy, s.kv, s.pool, s.scratch, &e), QUARRY_OK);
+        told heard = {0};
+        const attn_observer observer = {listen, &heard};
+        attn_row row = {.kv = s.kv, .policy = policy, .pos = n - 1, .observer = &observer};
+        attn_cost cost = {0};
+        float *out = run(&s, &row, 1, q, &cost);
+        check(&s, &row, 1, q, out, ATTN_SINKS, i == 0 ? ATTN_SINKS : policy->n_far);
+        assert_int_equal(atomic_load(&heard.n), HEADS_KV);
+        assert_int_equal(heard.n_sinks, ATTN_SINKS);
+        assert_int_equal(heard.far_end, policy->n_far);
+        assert_int_equal(heard.all, i == 0);
+        for (int h = 0; h < N_HEAD; h++) {
+            double sum = 0;
+            for (int64_t t = 0; t < n; t++) {
+                const float *key = kv_row(s.kv, 0, h / GROUP, t);
+                double score = 0;
+                for (int j = 0; j < DIM; j++) score += (double)q[h * DIM + j] * (double)key[j];
+                if (i == 0 || t < ATTN_SINKS || t >= policy->n_far) sum += exp(score * (double)shape.scale);
+            }
+            assert_true(fabs(heard.log_mass[h] - log(sum)) < 1e-5);
+        }
+        row.dense = true; /* nobody is told of a document that is read */
+        free(out);
+        out = run(&s, &row, 1, q, NULL);
+        assert_int_equal(atomic_load(&heard.n), HEADS_KV);
+        free(out);
+        attn_policy_destroy(policy);
+    }
+    free(q);
+    setup_free(&s);
+}
+
 static void result_does_not_depend_on_threads(void **state)
 {
     (void)state;
@@ -167,8 +234,8 @@ static void result_does_not_depend_on_threads(void **state)
         setup s;
         setup_make(&s, threads, 2500 + n);
         attn_row rows[301];
-        for (int64_t i = 0; i < n; i++) rows[i] = (attn_row){s.kv, NULL, 2500 + i, true};
-        rows[n] = (attn_row){s.kv, NULL, 2499, true};
+        for (int64_t i = 0; i < n; i++) rows[i] = (attn_row){.kv = s.kv, .policy = NULL, .pos = 2500 + i, .dense = true};
+        rows[n] = (attn_row){.kv = s.kv, .policy = NULL, .pos = 2499, .dense = true};
         float *q = queries(&s, n + 1), *out = run(&s, rows, n + 1, q, NULL);
         if (!first)
             first = out;
@@ -188,7 +255,7 @@ static void failing_scratch_is_an_error_not_a_wrong_result(void **state)
     setup s;
     setup_make(&s, 1, 200); /* one thread: failures are injected per thread */
     attn_policy *full = attn_policy_create("full", &shape, s.kernels, NULL);
-    attn_row row = {s.kv, full, 199, false};
+    attn_row row = {.kv = s.kv, .policy = full, .pos = 199, .dense = false};
     float *q = queries(&s, 1), out[N_HEAD * DIM];
     attn_context c = {s.kernels, s.pool, s.scratch, &s.shared};
     quarry_code code = QUARRY_ERROR_MEMORY;
@@ -234,6 +301,7 @@ int main(void)
         cmocka_unit_test(dense_rows_equal_naive_attention),
         cmocka_unit_test(one_row_over_many_splits_equals_naive_attention),
         cmocka_unit_test(window_reads_sinks_and_local_rows_only),
+        cmocka_unit_test(observer_is_told_what_each_head_read),
         cmocka_unit_test(result_does_not_depend_on_threads),
         cmocka_unit_test(failing_scratch_is_an_error_not_a_wrong_result),
         cmocka_unit_test(policy_specs_are_checked),

@@ -187,7 +187,7 @@ static outcome step(world *w, attn_policy *p, const kv_seq *kv, int layer, int h
     arena_reset(&w->scratch);
     add_rows(w, layer, head, q, 0, ATTN_SINKS, &state);
     add_rows(w, layer, head, q, p->n_far, n, &state);
-    assert_int_equal(p->type->select(p, layer, head, q, n, &state, &w->scratch, &o.sel, &o.cost, NULL), QUARRY_OK);
+    assert_int_equal(p->type->select(p, layer, head, w->kv, q, n, &state, &w->scratch, &o.sel, &o.cost, NULL), QUARRY_OK);
     if (o.sel.all) add_rows(w, layer, head, q, ATTN_SINKS, p->n_far, &state);
     for (int64_t pos = 0; pos < n; pos++) o.read[pos] = o.sel.all || pos < ATTN_SINKS || pos >= p->n_far;
     int64_t n_sel = o.sel.all ? 0 : o.sel.n;
@@ -704,8 +704,8 @@ static void what_was_read_is_counted(void **state)
     query(&w, q);
     outcome o = step(&w, w.p, w.kv, 0, 0, q);
     int64_t all = (w.p->n_far - ATTN_SINKS) * 256;
-    assert_true(o.cost.index_bytes > all / 32); /* the codes alone */
-    assert_true(o.cost.index_bytes < all / 4);
+    assert_true(attn_cost_bytes(&o.cost, 0) > all / 32); /* the codes alone */
+    assert_true(attn_cost_bytes(&o.cost, 0) < all / 4);
     size_t bytes = w.p->type->bytes(w.p);
     assert_true(bytes > 4 * 2100 * 8 && bytes < 8 << 20);
     outcome_free(&o);
@@ -768,7 +768,7 @@ static void select_without_scratch_memory_is_an_error(void **state)
     attn_cost cost = {0};
     quarry_error error;
     memory_fail_after(0);
-    assert_int_equal(w.p->type->select(w.p, 0, 0, q, w.n, &near, &w.scratch, &sel, &cost, &error), QUARRY_ERROR_MEMORY);
+    assert_int_equal(w.p->type->select(w.p, 0, 0, w.kv, q, w.n, &near, &w.scratch, &sel, &cost, &error), QUARRY_ERROR_MEMORY);
     memory_fail_after(-1);
     close_world(&w);
 }

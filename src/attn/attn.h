@@ -31,11 +31,27 @@ typedef struct attn_shape {
 
 typedef struct attn_policy attn_policy;
 
-/* What one attention step read, in bytes: the statistics of `select` and `tail`. */
+/* What one attention step read. */
 typedef struct attn_cost {
-    int64_t index_bytes; /* codes, clusters */
+    int64_t index_bytes; /* by select: codes, page summaries */
+    int64_t table_bytes; /* by select: codebooks and bases, which do not grow with every token */
+    int64_t tail_bytes;  /* by tail: clusters */
     int64_t rows;        /* K|V rows: sinks + selected + local */
 } attn_cost;
+
+static inline void attn_cost_add(attn_cost *sum, const attn_cost *cost)
+{
+    sum->index_bytes += cost->index_bytes;
+    sum->table_bytes += cost->table_bytes;
+    sum->tail_bytes += cost->tail_bytes;
+    sum->rows += cost->rows;
+}
+
+/* Bytes, with row_bytes for a K|V row. */
+static inline int64_t attn_cost_bytes(const attn_cost *cost, int64_t row_bytes)
+{
+    return cost->index_bytes + cost->table_bytes + cost->tail_bytes + cost->rows * row_bytes;
+}
 
 /* Selection of one (layer, KV head) for one query position; memory belongs to the thread's scratch. */
 typedef struct attn_selection {
@@ -65,9 +81,9 @@ typedef struct attn_policy_type {
     quarry_code (*reserve_seal)(attn_policy *p, quarry_error *error);
     void (*seal)(attn_policy *p, int layer, int head, const kv_seq *kv, arena *scratch);
     void (*commit_seal)(attn_policy *p);
-    /* NULL: every far token, always (`full`). (parallel, const) Far tokens for q[group][d] of a query at pos: one selection for the group. near: what its sinks and local rows have added up to, with which weights can be normalised. QUARRY_ERROR_MEMORY when scratch cannot grow. */
-    quarry_code (*select)(const attn_policy *p, int layer, int head, const float *q, int64_t pos, const attention_state *near,
-                          arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error);
+    /* NULL: every far token, always (`full`). (parallel, const) Far tokens for q[group][d] of a query at pos: one selection for the group. near: what its sinks and local rows have added up to, with which weights can be normalised. kv: the rows. QUARRY_ERROR_MEMORY when scratch cannot grow. */
+    quarry_code (*select)(const attn_policy *p, int layer, int head, const kv_seq *kv, const float *q, int64_t pos,
+                          const attention_state *near, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error);
     /* (parallel, const) Adds an estimate of the far tokens not selected to state[group]; called after the selected rows were added. scores[group][n]: their scaled scores; rows[n]. May be NULL: dropped. Uses
      * what select left behind the ids, maybe in another thread's scratch. */
     void (*tail)(const attn_policy *p, int layer, int head, const float *q, const attn_selection *sel, const float *scores,
@@ -109,11 +125,31 @@ quarry_code attn_index_seal(attn_policy *p, const kv_seq *kv, thread_pool *pool,
 
 /* ---- attention of one layer: what the forward pass calls ---- */
 
+/* What the query at `pos` read in one (layer, KV head), for whoever measures or cites. */
+typedef struct attn_reading {
+    int layer, head, group, d;
+    int64_t pos;
+    const kv_seq *kv;
+    const float *q;           /* [group][d], scaled */
+    int64_t n_sinks, far_end; /* rows [0, n_sinks) and [far_end, pos] were read, and of the far ones between */
+    const attn_selection *selected;
+    const float *scores;          /* [group][n], scaled: of the selected; NULL when all were */
+    const attention_state *state; /* [group] after everything: what all weights add up to is l exp(m) */
+} attn_reading;
+
+/* Is told of every (layer, KV head) of a row, except where a document is read; may be called at the same time for different ones. The
+ * reading and what it points to are the callback's for the length of the call, and so is scratch. */
+typedef struct attn_observer {
+    void (*reading)(void *data, const attn_reading *reading, arena *scratch);
+    void *data;
+} attn_observer;
+
 typedef struct attn_row {
     const kv_seq *kv;
-    attn_policy *policy; /* NULL: dense, nothing observed */
-    int64_t pos;         /* rows [0, pos] of kv are written in this layer */
-    bool dense;          /* read everything although there is a policy (reading a document) */
+    attn_policy *policy;           /* NULL: dense, nothing observed */
+    int64_t pos;                   /* rows [0, pos] of kv are written in this layer */
+    bool dense;                    /* read everything although there is a policy (reading a document) */
+    const attn_observer *observer; /* NULL: nobody */
 } attn_row;
 
 typedef struct attn_context {

@@ -2,7 +2,8 @@
  *
  *   tile    a block of consecutive dense rows of one timeline x one KV head, over all keys in tiles (prefill; coarse when a document is read)
  *   split   one row x one KV head x SPLIT keys, everything read (decode with `full`); partial states are merged in order
- *   search  one row x one KV head: find (local rows, select), then attend (gathered rows, tail) (decode with a policy)
+ *   search  one row x one KV head: find (local rows, select), then attend (gathered rows, tail) (decode with a policy, or with somebody
+ *           who wants to be told)
  *
  * How the work is cut depends on the rows alone, never on the number of threads, so neither does the result. Whether find and attend are
  * two tasks does, for the few heads of one decoded token would leave threads idle; the second waits for the first. */
@@ -92,12 +93,9 @@ static void write_out(const attention_state *s, int g, int d, float *out)
     }
 }
 
-static void add_cost(const attn_pass *p, int64_t row, int head, int64_t n_rows, int64_t index_bytes)
+static void add_cost(const attn_pass *p, int64_t row, int head, const attn_cost *cost)
 {
-    if (!p->costs) return;
-    attn_cost *cost = &p->costs[row * p->shape->kv.n_head_kv + head];
-    cost->rows += n_rows;
-    cost->index_bytes += index_bytes;
+    if (p->costs) attn_cost_add(&p->costs[row * p->shape->kv.n_head_kv + head], cost);
 }
 
 static quarry_code run_tile(attn_pass *p, const attn_task *t, arena *scratch, quarry_error *error)
@@ -127,7 +125,7 @@ static quarry_code run_tile(attn_pass *p, const attn_task *t, arena *scratch, qu
     for (int64_t r = 0; r < t->n_rows; r++) {
         attention_state part = {state.m + r * g, state.l + r * g, state.o + r * g * d};
         write_out(&part, g, d, out_of(p, t->row + r, t->head));
-        add_cost(p, t->row + r, t->head, rows[r].pos + 1, 0);
+        add_cost(p, t->row + r, t->head, &(attn_cost){.rows = rows[r].pos + 1});
     }
     return QUARRY_OK;
 }
@@ -160,7 +158,7 @@ static quarry_code run_split(attn_pass *p, attn_task *t, arena *scratch, quarry_
 {
     const float *q = scaled_query(p, t->row, t->head, scratch, error);
     if (!q) return QUARRY_ERROR_MEMORY;
-    add_cost(p, t->row, t->head, t->first == 0 ? p->rows[t->row].pos + 1 : 0, 0);
+    if (t->first == 0) add_cost(p, t->row, t->head, &(attn_cost){.rows = p->rows[t->row].pos + 1});
     return run_range(p, &p->rows[t->row], t->head, q, t->first, t->end, scratch, &t->part, error);
 }
 
@@ -177,8 +175,30 @@ static quarry_code find(attn_pass *p, const attn_task *t, arena *scratch, attn_f
     if (!near) return QUARRY_ERROR_MEMORY;
     list_range(p, row, t->head, f->far_end, row->pos + 1, near, list_range(p, row, t->head, 0, f->sinks, near, 0));
     p->c->kernels->attention->rows(f->q, p->group, p->d, p->shape->kv.type, near, f->n_near, NULL, &f->state);
-    return policy->type->select(policy, p->layer, t->head, query_of(p, t->row, t->head), row->pos, &f->state, scratch, &f->selected,
-                                &f->cost, error);
+    if (!policy->type->select) {
+        f->selected = (attn_selection){.all = true};
+        return QUARRY_OK;
+    }
+    return policy->type->select(policy, p->layer, t->head, row->kv, query_of(p, t->row, t->head), row->pos, &f->state, scratch,
+                                &f->selected, &f->cost, error);
+}
+
+static void tell(const attn_pass *p, const attn_task *t, const attn_found *f, const float *scores, arena *scratch)
+{
+    const attn_row *row = &p->rows[t->row];
+    const attn_reading reading = {.layer = p->layer,
+                                  .head = t->head,
+                                  .group = p->group,
+                                  .d = p->d,
+                                  .pos = row->pos,
+                                  .kv = row->kv,
+                                  .q = f->q,
+                                  .n_sinks = f->sinks,
+                                  .far_end = f->far_end,
+                                  .selected = &f->selected,
+                                  .scores = scores,
+                                  .state = &f->state};
+    if (row->observer) row->observer->reading(row->observer->data, &reading, scratch);
 }
 
 static quarry_code attend(attn_pass *p, const attn_task *t, arena *scratch, attn_found *f, quarry_error *error)
@@ -190,6 +210,7 @@ static quarry_code attend(attn_pass *p, const attn_task *t, arena *scratch, attn
         quarry_code code = run_range(p, row, t->head, f->q, f->sinks, f->far_end, scratch, &f->state, error);
         if (code != QUARRY_OK) return code;
         f->cost.rows = row->pos + 1;
+        tell(p, t, f, NULL, scratch);
     } else {
         const void **far = arena_alloc(scratch, (size_t)selected->n, sizeof *far, error);
         float *scores = arena_alloc(scratch, (size_t)(selected->n * p->group), sizeof *scores, error);
@@ -200,9 +221,10 @@ static quarry_code attend(attn_pass *p, const attn_task *t, arena *scratch, attn
             policy->type->tail(policy, p->layer, t->head, query_of(p, t->row, t->head), selected, scores, far, scratch, &f->state,
                                &f->cost);
         f->cost.rows = f->n_near + selected->n;
+        tell(p, t, f, scores, scratch);
     }
     write_out(&f->state, p->group, p->d, out_of(p, t->row, t->head));
-    add_cost(p, t->row, t->head, f->cost.rows, f->cost.index_bytes);
+    add_cost(p, t->row, t->head, &f->cost);
     return QUARRY_OK;
 }
 
@@ -255,7 +277,7 @@ static attn_task *push_task(attn_pass *p)
 
 static bool is_dense(const attn_row *row)
 {
-    return row->dense || !row->policy || !row->policy->type->select;
+    return row->dense || !row->policy || (!row->policy->type->select && !row->observer);
 }
 
 /* Length of the run of dense rows from `row` on that can be tiled together: all of them read a document, or none. */
@@ -401,9 +423,6 @@ quarry_code attn_forward(const attn_context *c, const attn_shape *shape, int lay
     }
     merge_splits(&pass);
     for (int64_t i = 0; cost && i < n; i++)
-        for (int h = 0; h < shape->kv.n_head_kv; h++) {
-            cost[i].rows += pass.costs[i * shape->kv.n_head_kv + h].rows;
-            cost[i].index_bytes += pass.costs[i * shape->kv.n_head_kv + h].index_bytes;
-        }
+        for (int h = 0; h < shape->kv.n_head_kv; h++) attn_cost_add(&cost[i], &pass.costs[i * shape->kv.n_head_kv + h]);
     return QUARRY_OK;
 }

@@ -108,8 +108,8 @@ void ivfpq_catch_up(ivfpq *p);
 
 /* ---- ivfpq_search.c ---- */
 
-quarry_code ivfpq_select(const attn_policy *p, int layer, int head, const float *q, int64_t pos, const attention_state *near,
-                         arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error);
+quarry_code ivfpq_select(const attn_policy *p, int layer, int head, const kv_seq *kv, const float *q, int64_t pos,
+                         const attention_state *near, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error);
 void ivfpq_tail(const attn_policy *p, int layer, int head, const float *q, const attn_selection *sel, const float *scores,
                 const void *const *rows, arena *scratch, attention_state *state, attn_cost *cost);
 

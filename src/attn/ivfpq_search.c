@@ -122,7 +122,7 @@ static float tables_fill(const search *s, const tables *t, attn_cost *cost)
             if (range > widest) widest = range;
         }
         cost->index_bytes += (int64_t)vq_code_bytes(n_sub, v->n_coded);
-        if (i < s->p->n_sealed) cost->index_bytes += (int64_t)d * (d + (SCAN_CODES + 2) * (int64_t)sizeof(float));
+        if (i < s->p->n_sealed) cost->table_bytes += (int64_t)d * (d + (SCAN_CODES + 2) * (int64_t)sizeof(float));
     }
     return widest > 0 ? widest / SCAN_TOP : 1;
 }
@@ -278,10 +278,10 @@ static int64_t collect(const search *s, cut c, const found *f, int32_t *ids)
     return n;
 }
 
-quarry_code ivfpq_select(const attn_policy *policy, int layer, int head, const float *q, int64_t pos, const attention_state *near,
-                         arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error)
+quarry_code ivfpq_select(const attn_policy *policy, int layer, int head, const kv_seq *kv, const float *q, int64_t pos,
+                         const attention_state *near, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error)
 {
-    (void)pos; /* n_far <= pos */
+    (void)kv, (void)pos; /* n_far <= pos */
     const ivfpq *p = (const ivfpq *)policy;
     search s = {.p = p, .kernels = p->base.kernels->retrieval, .g = p->group, .d = p->d, .n_sub = p->n_sub};
     if (!views_make(&s, layer * p->base.shape.kv.n_head_kv + head, scratch, error)) return QUARRY_ERROR_MEMORY;
@@ -359,5 +359,5 @@ void ivfpq_tail(const attn_policy *policy, int layer, int head, const float *q, 
         kernels->accumulate_i8(f->unread + v->cluster, n_clusters, p->group, d, v->part.values, v->part.value_scale, clusters_of(v),
                                state->o);
     kernels->accumulate_rows(f->weights, p->group, d, p->base.shape.kv.type, rows, n, state->o);
-    cost->index_bytes += 2 * n_clusters * (d + 2 * (int64_t)sizeof(float));
+    cost->tail_bytes += 2 * n_clusters * (d + 2 * (int64_t)sizeof(float));
 }

@@ -47,10 +47,10 @@ static void commit(attn_policy *p, int64_t n)
     p->n_far += n;
 }
 
-static quarry_code select_nothing(const attn_policy *p, int layer, int head, const float *q, int64_t pos, const attention_state *near,
-                                  arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error)
+static quarry_code select_nothing(const attn_policy *p, int layer, int head, const kv_seq *kv, const float *q, int64_t pos,
+                                  const attention_state *near, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error)
 {
-    (void)p, (void)layer, (void)head, (void)q, (void)pos, (void)near, (void)scratch, (void)cost, (void)error;
+    (void)p, (void)layer, (void)head, (void)kv, (void)q, (void)pos, (void)near, (void)scratch, (void)cost, (void)error;
     *out = (attn_selection){0};
     return QUARRY_OK;
 }

@@ -74,7 +74,8 @@ static void input_close(eval_input *in)
 
 static json_t *json_reading(const eval_reading *r)
 {
-    return json_pack("{s:f, s:f, s:f}", "rows_share", r->rows_share, "bytes_share", r->bytes_share, "bytes_per_token", r->bytes_per_token);
+    return json_pack("{s:f, s:f, s:f, s:f, s:f, s:f}", "rows_share", r->rows_share, "index_share", r->index_share, "tables_share",
+                     r->tables_share, "tail_share", r->tail_share, "bytes_share", r->bytes_share, "bytes_per_token", r->bytes_per_token);
 }
 
 static json_t *json_summary(const metric_summary *s)

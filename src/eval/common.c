@@ -58,18 +58,20 @@ const char **eval_policies(const char *const *attn, int n_attn, quarry_error *er
 void reading_add(reading_sum *sum, const quarry_session *session, int64_t n_tokens)
 {
     const attn_cost cost = session_cost(session);
-    sum->index_bytes += cost.index_bytes;
-    sum->rows += cost.rows;
+    attn_cost_add(&sum->cost, &cost);
     sum->tokens += n_tokens;
 }
 
 void reading_relate(const reading_sum *sum, const reading_sum *full, const quarry_model *model, eval_reading *out)
 {
-    const double row = (double)kv_row_bytes(KV_F16, model_shape_of(model)->head_dim);
-    const double bytes = (double)sum->index_bytes + (double)sum->rows * row, full_bytes = (double)full->rows * row;
+    const int64_t row = (int64_t)kv_row_bytes(KV_F16, model_shape_of(model)->head_dim);
+    const double bytes = (double)attn_cost_bytes(&sum->cost, row), full_bytes = (double)attn_cost_bytes(&full->cost, row);
     *out = (eval_reading){0};
-    if (full->rows == 0 || sum->tokens == 0) return;
-    out->rows_share = (double)sum->rows / (double)full->rows;
+    if (full->cost.rows == 0 || sum->tokens == 0) return;
+    out->rows_share = (double)sum->cost.rows / (double)full->cost.rows;
+    out->index_share = (double)sum->cost.index_bytes / full_bytes;
+    out->tables_share = (double)sum->cost.table_bytes / full_bytes;
+    out->tail_share = (double)sum->cost.tail_bytes / full_bytes;
     out->bytes_share = bytes / full_bytes;
     out->bytes_per_token = bytes / (double)sum->tokens;
 }

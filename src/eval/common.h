@@ -32,7 +32,8 @@ const char **eval_policies(const char *const *attn, int n_attn, quarry_error *er
 
 /* Sums over the sessions of one policy. */
 typedef struct reading_sum {
-    int64_t index_bytes, rows, tokens;
+    attn_cost cost;
+    int64_t tokens;
 } reading_sum;
 /* Adds what a fork read for the n_tokens it was fed. */
 void reading_add(reading_sum *sum, const quarry_session *session, int64_t n_tokens);

@@ -57,8 +57,11 @@ typedef struct eval_text {
 
 /* What a policy read, relative to reading everything. */
 typedef struct eval_reading {
-    double rows_share;  /* K|V rows */
-    double bytes_share; /* index and rows */
+    double rows_share;   /* K|V rows */
+    double index_share;  /* codes, page summaries; bytes of all rows are 1 here and below */
+    double tables_share; /* codebooks and bases */
+    double tail_share;   /* clusters */
+    double bytes_share;  /* the sum */
     double bytes_per_token;
 } eval_reading;
 

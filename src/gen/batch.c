@@ -42,8 +42,12 @@ int quarry_sessions_feed(quarry_session *const *sessions, const int32_t *tokens,
     code = rows && cost ? QUARRY_OK : QUARRY_ERROR_MEMORY;
     for (; n_pushed < n && code == QUARRY_OK; n_pushed++) {
         quarry_session *s = sessions[n_pushed];
-        rows[n_pushed] =
-            (forward_row){.kv = s->kv, .policy = s->policies[0], .pos = s->tokens.n, .token = tokens[n_pushed], .logits = s->logits};
+        rows[n_pushed] = (forward_row){.kv = s->kv,
+                                       .policy = s->policies[0],
+                                       .pos = s->tokens.n,
+                                       .token = tokens[n_pushed],
+                                       .observer = s->observer,
+                                       .logits = s->logits};
         if ((code = token_list_push(&s->tokens, tokens[n_pushed], error)) != QUARRY_OK) break;
     }
     if (code == QUARRY_OK) code = run(sessions, rows, cost, n, error);
@@ -54,8 +58,7 @@ int quarry_sessions_feed(quarry_session *const *sessions, const int32_t *tokens,
             continue;
         }
         s->has_logits = true;
-        s->sparse_cost.index_bytes += cost[i].index_bytes;
-        s->sparse_cost.rows += cost[i].rows;
+        attn_cost_add(&s->sparse_cost, &cost[i]);
         s->stats.n_fed++;
         s->stats.feed_seconds += session_now() - start;
     }

@@ -190,6 +190,7 @@ static quarry_code run_chunk(quarry_session *s, const int32_t *tokens, int64_t n
             .pos = first + i,
             .token = tokens[i],
             .dense = st->dense,
+            .observer = s->observer,
             .logits = st->all_logits       ? st->all_logits + i * vocab
                       : last && i + 1 == n ? s->logits
                                            : NULL,
@@ -199,10 +200,7 @@ static quarry_code run_chunk(quarry_session *s, const int32_t *tokens, int64_t n
     code = model_forward(s->model, s->scratch, rows, n, cost, cancelled, st, error);
     if (code == QUARRY_OK) code = attn_index_advance(s->policies[0], s->kv, model_pool(s->model), threads, error);
     model_unlock(s->model);
-    for (int64_t i = 0; i < n; i++) {
-        st->cost.index_bytes += cost[i].index_bytes;
-        st->cost.rows += cost[i].rows;
-    }
+    for (int64_t i = 0; i < n; i++) attn_cost_add(&st->cost, &cost[i]);
 done:
     if (code != QUARRY_OK) session_forget_from(s, first);
     memory_free(rows);
@@ -251,19 +249,13 @@ static double full_bytes(const quarry_session *s, int64_t n)
     return (double)n * k->n_layer * k->n_head_kv * (double)kv_row_bytes(k->type, k->head_dim);
 }
 
-static void count_sparse(quarry_session *s, const step *st)
-{
-    s->sparse_cost.index_bytes += st->cost.index_bytes;
-    s->sparse_cost.rows += st->cost.rows;
-}
-
 int quarry_session_feed(quarry_session *s, const int32_t *tokens, int64_t n, const quarry_watch *watch, quarry_error *error)
 {
     double start = session_now();
     step st = {.watch = watch};
     int64_t before = s->tokens.n;
     quarry_code code = run_tokens(s, tokens, n, &st, error);
-    count_sparse(s, &st);
+    attn_cost_add(&s->sparse_cost, &st.cost);
     s->stats.n_fed += s->tokens.n - before;
     s->stats.feed_seconds += session_now() - start;
     return code;
@@ -276,10 +268,10 @@ quarry_code session_feed_generated(quarry_session *s, int32_t token, const quarr
     quarry_code code = run_tokens(s, &token, 1, &st, error);
     s->stats.generate_seconds += session_now() - start;
     if (code != QUARRY_OK) return code;
-    count_sparse(s, &st);
+    attn_cost_add(&s->sparse_cost, &st.cost);
     s->stats.n_generated++;
     const kv_shape *k = kv_shape_of(s->kv);
-    s->kv_bytes_sum += (double)st.cost.index_bytes + (double)st.cost.rows * (double)kv_row_bytes(k->type, k->head_dim);
+    s->kv_bytes_sum += (double)attn_cost_bytes(&st.cost, (int64_t)kv_row_bytes(k->type, k->head_dim));
     s->kv_full_sum += full_bytes(s, s->tokens.n);
     s->n_steps++;
     return code;
@@ -289,8 +281,13 @@ quarry_code session_feed_logits(quarry_session *s, const int32_t *tokens, int64_
 {
     step st = {.all_logits = logits};
     quarry_code code = run_tokens(s, tokens, n, &st, error);
-    count_sparse(s, &st);
+    attn_cost_add(&s->sparse_cost, &st.cost);
     return code;
+}
+
+void session_set_observer(quarry_session *s, const attn_observer *observer)
+{
+    s->observer = observer;
 }
 
 attn_cost session_cost(const quarry_session *s)

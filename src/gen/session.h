@@ -18,6 +18,7 @@ struct quarry_session {
     float *logits; /* [n_vocab] */
     bool has_logits;
     quarry_stats stats;
+    const attn_observer *observer;    /* not the session's; NULL: nobody */
     attn_cost sparse_cost;            /* of all sparse tokens since opened or forked */
     double kv_bytes_sum, kv_full_sum; /* over n_steps generated tokens */
     int64_t n_steps;

@@ -290,7 +290,7 @@ quarry_code model_forward(quarry_model *m, forward_scratch *s, const forward_row
     for (int64_t i = 0; i < n; i++) {
         if (i + 1 == n || rows[i + 1].kv != rows[i].kv)
             if ((code = kv_reserve(rows[i].kv, rows[i].pos + 1, error)) != QUARRY_OK) return code;
-        p.attn_rows[i] = (attn_row){rows[i].kv, rows[i].policy, rows[i].pos, rows[i].dense};
+        p.attn_rows[i] = (attn_row){rows[i].kv, rows[i].policy, rows[i].pos, rows[i].dense, rows[i].observer};
     }
     for_rows(&p, embed_row);
     for (int i = 0; i < m->shape.n_layer; i++) {

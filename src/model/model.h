@@ -32,8 +32,9 @@ typedef struct forward_row {
     attn_policy *policy; /* NULL: dense */
     int64_t pos;
     int32_t token;
-    bool dense;    /* read all of the cache (a document), though policy observes */
-    float *logits; /* [n_vocab] for the logits of this row, or NULL: not wanted */
+    bool dense;                    /* read all of the cache (a document), though policy observes */
+    const attn_observer *observer; /* NULL: nobody */
+    float *logits;                 /* [n_vocab] for the logits of this row, or NULL: not wanted */
 } forward_row;
 
 /* Forward passes and index updates of the sessions of one model run one after the other: each session holds the lock for one step. */
