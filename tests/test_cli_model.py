@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+from html import unescape as html_text
 
 QUARRY = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "build") / "quarry"
 TINY_MODEL = os.path.join(os.environ.get("QUARRY_TINY_MODELS", ""), "llama-q4_1.gguf")
@@ -77,6 +78,49 @@ class CliModel(unittest.TestCase):
         self.assertGreater(answer["kv_read_per_token"]["full_attention_bytes"], 0)
         self.assertEqual(answer["model"]["architecture"], "llama")
         self.assertGreater(answer["memory"]["peak_resident"], answer["memory"]["weights"])
+
+    def test_citations_name_document_and_lines(self):
+        lines = pathlib.Path(self.document).read_text().replace(". ", ".\n")
+        text = os.path.join(self.folder.name, "lines.txt")
+        pathlib.Path(text).write_text(lines)
+        found = json.loads(quarry("ask", "--json", "--cite=3", "--doc", text, QUESTION).stdout)["citations"]
+        self.assertTrue(0 < len(found) <= 3)
+        for c in found:
+            self.assertEqual(c["document"], "lines.txt")
+            self.assertEqual(c["text"], "\n".join(lines.split("\n")[c["first_line"] - 1 : c["last_line"]]))
+            self.assertEqual(c["text"], lines.encode()[c["first_byte"] : c["end_byte"]].decode())
+        listed = quarry("ask", "-q", "--cite=3", "--doc", text, QUESTION).stdout
+        self.assertTrue(listed.startswith(quarry("ask", "-q", "--doc", text, QUESTION).stdout))
+        for i, c in enumerate(found):
+            self.assertRegex(listed, rf"\[{i + 1}\] lines\.txt, lines? {c['first_line']}\b")
+        self.assertNotIn("citations", json.loads(self.ask("--json").stdout))
+
+    def test_the_page_of_citations_escapes_what_it_shows(self):
+        document, page = (os.path.join(self.folder.name, name) for name in ("<b>&.txt", "page.html"))
+        hostile = b"<script>alert('1')</script> & \"quoted\".\r\n\x00\xff\xe2\x82\xac</div></body> end. " + filler(20).encode()
+        pathlib.Path(document).write_bytes(hostile)
+        result = quarry("ask", "-q", "--cite-html", page, "--doc", document, "<i>Why</i> & how?")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertNotIn("written from", result.stdout)
+        html = pathlib.Path(page).read_text()
+        for forbidden in ("<script", "<b>", "<i>", "\0", "http:", "https:", "src=", "url("):
+            self.assertNotIn(forbidden, html)
+        self.assertIn("&lt;script&gt;alert(&#39;1&#39;)&lt;/script&gt; &amp; &quot;quoted&quot;.", html)
+        self.assertIn("<title>&lt;i&gt;Why&lt;/i&gt; &amp; how?</title>", html)
+        self.assertEqual(html.count("</body>"), 1)
+        self.assertEqual(set(re.findall(r'href="#([^"]+)"', html)) - set(re.findall(r'id="([^"]+)"', html)), set())
+        self.assertIn('<mark id="passage-1"', html)
+        shown = re.sub(r"<sup>.*?</sup>", "", re.search(r'<div class="text">(.*?)</div>', html, re.DOTALL)[1])
+        expected = hostile.replace(b"\x00", b"\xff").decode(errors="replace").replace("\r\n", "\n")
+        self.assertEqual(html_text(re.sub(r"</?mark[^>]*>", "", shown)), expected)
+        self.assertEqual([name for name in os.listdir(self.folder.name) if name.startswith("page.html.")], [])
+
+    def test_citations_that_cannot_be_are_refused(self):
+        self.assertEqual(quarry("ask", "--cite", "What?").returncode, 2)
+        self.assertEqual(self.ask("--cite=0").returncode, 2)
+        result = self.ask("-n", "2", "--cite-html", os.path.join(self.folder.name, "none", "page.html"))
+        self.assertEqual(result.returncode, 1)
+        self.assertRegex(result.stderr, r"none/page\.html: .*No such file")
 
     def test_a_document_from_standard_input_answers_as_its_file(self):
         text = pathlib.Path(self.document).read_text()
@@ -292,6 +336,18 @@ class CliRealModel(unittest.TestCase):
             answer = json.loads(result.stdout)
             self.assertIn(CODE, answer["answer"])
             self.assertEqual(answer["stop"], "end")
+
+    def test_the_first_citation_is_the_sentence_that_holds_the_answer(self):
+        with tempfile.TemporaryDirectory() as folder:
+            other = os.path.join(folder, "other.txt")
+            pathlib.Path(other).write_text(filler(40))
+            for attn in ("ivfpq", "full"):
+                result = quarry("ask", "-m", REAL_MODEL, "--json", "--attn", attn, "--cite", "-n", "48", "--doc", other, "--doc", "-", QUESTION,
+                                text=filler(30) + "\n" + FACT + "\n" + filler(30))
+                answer = json.loads(result.stdout)
+                self.assertIn(CODE, answer["answer"])
+                self.assertIn(CODE, answer["citations"][0]["text"], attn)
+                self.assertEqual((answer["citations"][0]["document"], answer["citations"][0]["first_line"]), ("standard input", 2))
 
     @unittest.skipUnless(os.path.exists(DEMO_DOCUMENT), "no " + DEMO_DOCUMENT)
     def test_the_question_of_the_demo_is_answered_from_its_document(self):

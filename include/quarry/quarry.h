@@ -219,6 +219,28 @@ typedef enum quarry_stop_reason {
 QUARRY_API int quarry_session_generate(quarry_session *session, const quarry_sampling *sampling, quarry_text_fn on_text, void *data,
                                        quarry_stop_reason *reason, quarry_error *error);
 
+/* ---- citations ------------------------------------------------------------------------------------------------- */
+
+/* A passage of a document that the answer was written from: whole sentences. */
+typedef struct quarry_citation {
+    int document;                  /* index into the documents given */
+    size_t first_byte, end_byte;   /* in its text, without white space at the ends */
+    int64_t first_line, last_line; /* counted from 1 */
+    double share;                  /* 0 to 1 of the attention that the answer paid to all documents; see docs/cite.md for what counts */
+} quarry_citation;
+
+/* Begins to note what the session attends to of the tokens it holds now (a prompt's context), and forgets what it noted before. The next call of
+ * quarry_session_feed is taken as the question; what is fed or generated after it is the answer. Costs 16 bytes per token held. */
+QUARRY_API int quarry_session_cite(quarry_session *session, quarry_error *error);
+
+/* The passages that the answer was written from, largest share first, at most max_citations (those with less than 1 % are left out), in a new array,
+ * freed with quarry_free. documents: those that the context was built from. Returns their number or a negative code. Errors: ARGUMENT if
+ * quarry_session_cite was not called, or the session read other documents. */
+QUARRY_API int64_t quarry_session_citations(const quarry_session *session, const quarry_document *documents, int n_documents,
+                                            int64_t max_citations, quarry_citation **citations, quarry_error *error);
+
+/* ---- statistics ------------------------------------------------------------------------------------------------ */
+
 typedef struct quarry_stats {
     int64_t n_read, n_fed, n_generated; /* tokens: dense, question, answer */
     double read_seconds, feed_seconds, generate_seconds;

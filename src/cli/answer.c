@@ -21,7 +21,7 @@ int answer_check_room(const quarry_model *model, const answer_settings *settings
 }
 
 int answer_read(quarry_session *session, const answer_settings *settings, const int32_t *context, int64_t n_context,
-                const int32_t *question, int64_t n_question)
+                const int32_t *question, int64_t n_question, bool cite)
 {
     cli_progress reading, asking;
     quarry_error error;
@@ -30,6 +30,7 @@ int answer_read(quarry_session *session, const answer_settings *settings, const 
     int failed = quarry_session_read(session, context, n_context, &watch, &error);
     cli_progress_end(&reading);
     watch = cli_progress_start(&asking, "asking", true);
+    if (!failed && cite) failed = quarry_session_cite(session, &error);
     if (!failed) failed = quarry_session_feed(session, question, n_question, &watch, &error);
     cli_work_end();
     if (failed) return cli_fail_error(&error);
@@ -39,7 +40,7 @@ int answer_read(quarry_session *session, const answer_settings *settings, const 
 /* ---- the answer's text ---- */
 
 typedef struct answer_text {
-    bool collect; /* for JSON: keep the text instead of printing it */
+    bool print, collect; /* as it comes; for JSON and citations: keep the text */
     char *text;
     size_t n, capacity;
     char last; /* character printed */
@@ -51,10 +52,11 @@ static bool on_text(const char *text, size_t n_bytes, void *data)
     answer_text *a = data;
     if (cli_interrupted()) return false;
     if (!n_bytes) return true;
-    if (!a->collect) {
+    if (a->print) {
         a->last = text[n_bytes - 1];
-        return cli_write(text, n_bytes) && cli_flush();
+        if (!cli_write(text, n_bytes) || !cli_flush()) return false;
     }
+    if (!a->collect) return true;
     if (a->n + n_bytes > a->capacity) {
         size_t capacity = 2 * (a->n + n_bytes);
         a->out_of_memory = memory_grow(&a->text, capacity, 1, "answer", NULL) != QUARRY_OK;
@@ -73,7 +75,9 @@ typedef struct report {
     const answer_settings *settings;
     quarry_stats stats;
     quarry_stop_reason reason;
-    size_t resident_bytes; /* most the process ever held */
+    size_t resident_bytes;    /* most the process ever held */
+    const cite_request *cite; /* NULL: no citations */
+    cite_result citations;
 } report;
 
 static size_t peak_resident(void)
@@ -123,7 +127,7 @@ static json_t *count_json(int64_t n, double seconds)
     return json_pack("{s:I, s:f, s:f}", "tokens", (json_int_t)n, "seconds", seconds, "tokens_per_second", per_second(n, seconds));
 }
 
-static json_t *report_json(const report *r, const answer_text *answer)
+static json_t *answer_json(const report *r, const answer_text *answer)
 {
     const quarry_stats *s = &r->stats;
     quarry_model_info info;
@@ -141,10 +145,43 @@ static json_t *report_json(const report *r, const answer_text *answer)
         "scratch", (json_int_t)s->scratch_bytes, "peak_resident", (json_int_t)r->resident_bytes);
 }
 
-int answer_run(const quarry_model *model, quarry_session *session, const answer_settings *settings, const quarry_sampling *sampling)
+static json_t *report_json(const report *r, const answer_text *answer)
 {
-    answer_text answer = {.collect = settings->output.json};
-    report r = {.model = model, .settings = settings};
+    json_t *all = answer_json(r, answer);
+    if (all && r->cite && json_object_set_new(all, "citations", cite_json(r->cite, &r->citations))) {
+        json_decref(all);
+        return NULL;
+    }
+    return all;
+}
+
+/* What follows the answer. */
+static int report_write(report *r, const quarry_session *session, const answer_text *answer)
+{
+    const cli_output_options *output = &r->settings->output;
+    quarry_error error;
+    int code = CLI_OK;
+    if (r->cite) {
+        r->citations.n =
+            quarry_session_citations(session, r->cite->documents, r->cite->n_documents, r->cite->max, &r->citations.items, &error);
+        if (r->citations.n < 0) return cli_fail_error(&error);
+        if (r->cite->html) code = cite_write_html(r->cite, &r->citations, answer->text, answer->n);
+        if (code) return code;
+        if (r->cite->text && !output->json) cite_print(r->cite, &r->citations);
+        cli_flush();
+    }
+    quarry_session_get_stats(session, &r->stats);
+    r->resident_bytes = peak_resident();
+    if (output->json) return json_print(report_json(r, answer));
+    if (!output->quiet) print_report(r);
+    return CLI_OK;
+}
+
+int answer_run(const quarry_model *model, quarry_session *session, const answer_settings *settings, const quarry_sampling *sampling,
+               const cite_request *cite)
+{
+    answer_text answer = {.print = !settings->output.json, .collect = settings->output.json || cite};
+    report r = {.model = model, .settings = settings, .cite = cite};
     quarry_error error;
     int code = CLI_OK;
     cli_work_begin();
@@ -159,13 +196,9 @@ int answer_run(const quarry_model *model, quarry_session *session, const answer_
     } else if (answer.out_of_memory) {
         code = cli_fail("out of memory");
     } else if (r.reason != QUARRY_STOP_CALLBACK) {
-        quarry_session_get_stats(session, &r.stats);
-        r.resident_bytes = peak_resident();
-        if (settings->output.json)
-            code = json_print(report_json(&r, &answer));
-        else if (!settings->output.quiet)
-            print_report(&r);
+        code = report_write(&r, session, &answer);
     }
+    quarry_free(r.citations.items);
     memory_free(answer.text);
     return code;
 }

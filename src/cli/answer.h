@@ -2,7 +2,7 @@
 #ifndef CLI_ANSWER_H
 #define CLI_ANSWER_H
 
-#include "cli/cli.h"
+#include "cli/cite.h"
 
 typedef struct answer_settings {
     cli_model_options model;
@@ -22,11 +22,13 @@ typedef struct answer_settings {
 /* Fails, before any work, if n tokens leave no room for an answer; what: "the documents and the question take". */
 int answer_check_room(const quarry_model *model, const answer_settings *settings, int64_t n_tokens, const char *what);
 
-/* Reads `context` with dense attention and then feeds `question` (n_question may be 0), with progress. Returns an exit code. */
+/* Reads `context` with dense attention and then feeds `question` (n_question may be 0), with progress; cite: what the question and the answer attend to is noted. Returns an exit code. */
 int answer_read(quarry_session *session, const answer_settings *settings, const int32_t *context, int64_t n_context,
-                const int32_t *question, int64_t n_question);
+                const int32_t *question, int64_t n_question, bool cite);
 
-/* Generates after the session's last token; prints the answer as it comes and the statistics at the end, or both as JSON. Returns an exit code. */
-int answer_run(const quarry_model *model, quarry_session *session, const answer_settings *settings, const quarry_sampling *sampling);
+/* Generates after the session's last token; prints the answer as it comes, the passages it was written from if citations are wanted (cite, else NULL), and the statistics at the
+ * end, or all as JSON. Returns an exit code. */
+int answer_run(const quarry_model *model, quarry_session *session, const answer_settings *settings, const quarry_sampling *sampling,
+               const cite_request *cite);
 
 #endif

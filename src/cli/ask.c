@@ -5,13 +5,20 @@
 typedef struct ask_settings {
     answer_settings answer;
     cli_list documents;
-    const char *system;
+    const char *system, *cite_html;
+    int64_t cite; /* -1: as many as usual, 0: not asked for */
 } ask_settings;
+
+enum { USUAL_CITATIONS = 5 };
 
 static const cli_option ask_table[] = {{"--doc", "FILE", CLI_LIST, offsetof(ask_settings, documents), NULL,
                                         "document to ask, plain text or Markdown; -: standard input; may be repeated", 0, 0},
                                        {"-sys, --system-prompt", "TEXT", CLI_TEXT, offsetof(ask_settings, system), NULL,
                                         "instructions for the model, ahead of the documents", 0, 0},
+                                       {"--cite", "[=N]", CLI_COUNT, offsetof(ask_settings, cite), NULL,
+                                        "list up to N passages (5) that the answer was written from", 1, 1000},
+                                       {"--cite-html", "FILE", CLI_TEXT, offsetof(ask_settings, cite_html), NULL,
+                                        "write a page with the answer and the documents, those passages marked", 0, 0},
                                        {0}};
 
 static const cli_group ask_groups[] = {{"Question", ask_table, 0}, ANSWER_GROUPS, {0}};
@@ -74,6 +81,8 @@ static int ask_run(const void *settings, const cli_list *arguments)
     const char *question = arguments->items[0];
     if (is_blank(question, strlen(question))) return cli_fail("the question is empty");
 
+    const bool cite = s->cite || s->cite_html;
+    if (cite && s->documents.n == 0) return cli_fail_usage(&command_ask, "nothing to cite: name a document with --doc FILE");
     int code = documents_read(&documents, &s->documents);
     if (!code) code = cli_model_open(&model, &s->answer.model, &s->answer.output);
     if (!code) code = cli_sampling_make(&sampling, &s->answer.sampling, model);
@@ -85,8 +94,9 @@ static int ask_run(const void *settings, const cli_list *arguments)
     const char *what = s->documents.n ? "the documents and the question take" : "the question takes";
     code = answer_check_room(model, &s->answer, prompt.n_context + prompt.n_question, what);
     if (!code) code = cli_session_open(&session, model, &s->answer.session);
-    if (!code) code = answer_read(session, &s->answer, prompt.context, prompt.n_context, prompt.question, prompt.n_question);
-    if (!code) code = answer_run(model, session, &s->answer, &sampling.params);
+    if (!code) code = answer_read(session, &s->answer, prompt.context, prompt.n_context, prompt.question, prompt.n_question, cite);
+    const cite_request request = {documents, s->documents.n, question, s->cite > 0 ? s->cite : USUAL_CITATIONS, s->cite != 0, s->cite_html};
+    if (!code) code = answer_run(model, session, &s->answer, &sampling.params, cite ? &request : NULL);
 done:
     quarry_session_close(session);
     cli_sampling_free(&sampling);

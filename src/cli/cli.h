@@ -40,6 +40,7 @@ typedef struct cli_list {
 typedef enum cli_kind {
     CLI_SWITCH, /* bool, no argument */
     CLI_INT,    /* int64_t */
+    CLI_COUNT,  /* int64_t, the value only after "=", its argument is "[=N]"; the flag alone gives -1 */
     CLI_NUMBER, /* double */
     CLI_TEXT,   /* const char *, belongs to argv; NULL when not given and no default */
     CLI_LIST,   /* cli_list, the flag may be repeated */

@@ -2,10 +2,10 @@
 
 #include <string.h>
 
-/* Length of the UTF-8 character at text[n], n > 0, by the table of RFC 3629; 0 if there is none. */
-static size_t utf8_length(const unsigned char *text, size_t n)
+/* By the table of RFC 3629. */
+size_t json_utf8_length(const char *text, size_t n)
 {
-    unsigned char c = text[0], low = 0x80, high = 0xbf;
+    unsigned char c = (unsigned char)text[0], low = 0x80, high = 0xbf;
     size_t length = c < 0x80 ? 1 : c >= 0xc2 && c <= 0xdf ? 2 : (c & 0xf0) == 0xe0 ? 3 : c >= 0xf0 && c <= 0xf4 ? 4 : 0;
     if (!length || length > n) return 0;
     if (c == 0xe0) low = 0xa0;
@@ -13,7 +13,8 @@ static size_t utf8_length(const unsigned char *text, size_t n)
     if (c == 0xf0) low = 0x90;
     if (c == 0xf4) high = 0x8f;
     for (size_t i = 1; i < length; i++) {
-        if (text[i] < low || text[i] > high) return 0;
+        c = (unsigned char)text[i];
+        if (c < low || c > high) return 0;
         low = 0x80;
         high = 0xbf;
     }
@@ -27,7 +28,7 @@ json_t *json_text(const char *text, size_t n_bytes)
     char *copy = memory_alloc(n_bytes, 3, "text", NULL), *out = copy;
     if (!copy) return NULL;
     for (size_t i = 0; i < n_bytes;) {
-        size_t n = utf8_length((const unsigned char *)text + i, n_bytes - i);
+        size_t n = json_utf8_length(text + i, n_bytes - i);
         memcpy(out, n ? text + i : "\xef\xbf\xbd", n ? n : 3);
         out += n ? n : 3;
         i += n ? n : 1;

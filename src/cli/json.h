@@ -11,6 +11,9 @@ json_t *json_text(const char *text, size_t n_bytes);
 /* The same, but bytes that are not UTF-8 make it an array of the byte values: a token may be part of a character. */
 json_t *json_piece(const char *text, size_t n_bytes);
 
+/* Length of the UTF-8 character at text[n], n > 0; 0 if there is none. */
+size_t json_utf8_length(const char *text, size_t n);
+
 /* Prints the value and a newline, and releases it; NULL is out of memory. Returns an exit code. */
 int json_print(json_t *value);
 

@@ -131,7 +131,8 @@ static int store_value(const cli_command *command, const cli_option *o, void *fi
     case CLI_SWITCH: *(bool *)field = true; return CLI_OK;
     case CLI_TEXT: *(const char **)field = value; return CLI_OK;
     case CLI_LIST: return list_push(field, value) ? CLI_OK : cli_fail("out of memory");
-    case CLI_INT: {
+    case CLI_INT:
+    case CLI_COUNT: {
         int64_t integer = strtoll(value, &end, 10);
         number = (double)integer;
         if (end == value || *end || errno) return cli_fail_usage(command, "%s: '%s' is not a whole number", flag, value);
@@ -181,6 +182,9 @@ static int parse_flag(const cli_command *command, void *settings, int n, char **
         if (equals) return cli_fail_usage(command, "%s takes no value", flag);
     } else if (equals) {
         value = equals + 1;
+    } else if (o->kind == CLI_COUNT) {
+        *(int64_t *)field_of(settings, group, o) = -1;
+        return CLI_OK;
     } else if (*i + 1 < n) {
         value = argv[++*i];
     } else {
@@ -273,7 +277,8 @@ static void print_wrapped(const char *text, int at, int column, int width)
 static void print_option(const cli_option *o, int width)
 {
     char left[128];
-    int at = snprintf(left, sizeof left, "  %s%s%s", o->flags, o->argument ? " " : "", o->argument ? o->argument : "");
+    int at =
+        snprintf(left, sizeof left, "  %s%s%s", o->flags, o->argument && o->kind != CLI_COUNT ? " " : "", o->argument ? o->argument : "");
     cli_print("%s", left);
     if (at + 2 > HELP_COLUMN) {
         cli_print("\n");

@@ -1,7 +1,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "gen/gen.h"
+#include "gen/session.h"
 
 /* The one user message:  [# NAME\n\n]document 1 \n\n [# NAME\n\n]document 2 … \n\n question
  * in parts that are tokenised apart, the question's part last. */
@@ -108,4 +108,43 @@ void quarry_prompt_free(quarry_prompt *prompt)
     quarry_free(prompt->context);
     quarry_free(prompt->question);
     *prompt = (quarry_prompt){0};
+}
+
+/* ---- where the documents are ---- */
+
+/* Goes back from tokens[*at] over the document's text, from its end; false if they differ. The family may have left out white space at
+ * the beginning of the message, and a tokenizer may have put a space there. */
+static bool span_match(const tokenizer *t, const int32_t *tokens, int64_t *at, const quarry_document *d, size_t *starts)
+{
+    size_t rest = d->n_bytes;
+    while (rest > 0 && *at > 0) {
+        size_t n;
+        const char *bytes = tokenizer_token_bytes(t, tokens[*at - 1], &n);
+        if (bytes && n == rest + 1 && *bytes == ' ') bytes++, n--;
+        if (!bytes || n > rest || memcmp(d->text + rest - n, bytes, n) != 0) break;
+        rest -= n;
+        starts[--*at] = rest;
+    }
+    while (rest > 0 && strchr(" \t\r\n\v\f", d->text[rest - 1]) && d->text[rest - 1]) rest--;
+    return rest == 0;
+}
+
+quarry_code prompt_locate(const quarry_model *model, const int32_t *tokens, int64_t n_context, const quarry_document *documents,
+                          int n_documents, prompt_span *spans, size_t *starts, quarry_error *error)
+{
+    const tokenizer *t = model_tokenizer(model);
+    int64_t at = n_context; /* the context ends where the last document does */
+    for (int i = n_documents - 1; i >= 0; i--) {
+        spans[i].end = at;
+        if (!span_match(t, tokens, &at, &documents[i], starts))
+            return error_set(error, QUARRY_ERROR_ARGUMENT, "document %d is not what the session read there", i + 1);
+        spans[i].first = at;
+        size_t heading = n_documents > 1 ? heading_write(NULL, 0, documents, i) : 0, n = 0;
+        for (; heading > 0 && at > 0; at--) {
+            tokenizer_token_bytes(t, tokens[at - 1], &n);
+            if (n > heading) break;
+            heading -= n;
+        }
+    }
+    return QUARRY_OK;
 }

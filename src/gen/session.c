@@ -81,6 +81,7 @@ void quarry_session_close(quarry_session *s)
     kv_destroy(s->kv);
     token_list_free(&s->tokens);
     forward_scratch_destroy(s->scratch);
+    cite_destroy(s->cite);
     memory_free(s->logits);
     memory_free(s);
 }
@@ -255,6 +256,7 @@ int quarry_session_feed(quarry_session *s, const int32_t *tokens, int64_t n, con
     step st = {.watch = watch};
     int64_t before = s->tokens.n;
     quarry_code code = run_tokens(s, tokens, n, &st, error);
+    cite_question_ends(s->cite);
     attn_cost_add(&s->sparse_cost, &st.cost);
     s->stats.n_fed += s->tokens.n - before;
     s->stats.feed_seconds += session_now() - start;

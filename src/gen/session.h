@@ -18,6 +18,7 @@ struct quarry_session {
     float *logits; /* [n_vocab] */
     bool has_logits;
     quarry_stats stats;
+    struct cite_counts *cite;         /* NULL: nobody asked for citations */
     const attn_observer *observer;    /* not the session's; NULL: nobody */
     attn_cost sparse_cost;            /* of all sparse tokens since opened or forked */
     double kv_bytes_sum, kv_full_sum; /* over n_steps generated tokens */
@@ -32,6 +33,24 @@ int64_t session_room(const quarry_session *s);
 quarry_code session_check_room(const quarry_session *s, int64_t n, quarry_error *error);
 /* Forgets the tokens from n on, in cache and index. The last ones that remain are the local window again. */
 void session_forget_from(quarry_session *s, int64_t n);
+/* ---- cite.c: what the tokens held when citing began received of later ones ---- */
+
+/* The question has been fed: what comes now is the answer. cite may be NULL. */
+void cite_question_ends(struct cite_counts *cite);
+void cite_destroy(struct cite_counts *cite); /* NULL allowed */
+
+/* ---- prompt.c ---- */
+
+/* Tokens [first, end) of a context that are a document. */
+typedef struct prompt_span {
+    int64_t first, end;
+} prompt_span;
+
+/* Finds the documents in tokens[n_context], the context that quarry_prompt_build made of them: spans[n_documents], and for each of their tokens the byte of
+ * the document's text where it begins, starts[n_context]. Error ARGUMENT if the tokens are not those documents. */
+quarry_code prompt_locate(const quarry_model *model, const int32_t *tokens, int64_t n_context, const quarry_document *documents,
+                          int n_documents, prompt_span *spans, size_t *starts, quarry_error *error);
+
 double session_now(void); /* seconds on a clock that only goes forward */
 
 #endif
