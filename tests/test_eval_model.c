@@ -51,6 +51,7 @@ static void full_finds_needles_that_window_cannot_see(void **state)
                                   .count = 2,
                                   .needles = 1,
                                   .n_answer = 32,
+                                  .cite = true,
                                   .seed = 3};
     needle_result r[3];
     int n[2] = {0};
@@ -61,6 +62,9 @@ static void full_finds_needles_that_window_cannot_see(void **state)
     assert_int_equal(r[0].full_correct, 2);
     assert_int_equal(r[1].kept, 2);
     assert_true(r[1].kld.max == 0);
+    assert_int_equal(r[0].cited, 2);
+    assert_int_equal(r[1].cited, 2);
+    assert_int_equal(r[2].cited, 0);
     assert_int_equal(r[2].kept, 0);
     assert_true(r[2].kld.mean > 0.01 && r[2].reading.rows_share < 0.3);
 }

@@ -115,6 +115,31 @@ static void every_needle_is_asked_for_under_every_policy(void **state)
     assert_true(r[3].kld.mean > 0 && r[3].reading.rows_share < 0.5);
 }
 
+static void a_citation_holds_the_needle_if_its_number_is_in_it(void **state)
+{
+    const fixture *f = *state;
+    const char text[] = "The number is 1234567 here. The number is 1234567 here. The number is 1234567 here.";
+    const needle there = {.number = "1234567"}, absent = {.number = "7654321"};
+    int32_t *tokens;
+    quarry_error error = {0};
+    bool holds = true;
+    const int64_t n = quarry_tokenize(f->model, text, sizeof text - 1, false, &tokens, &error);
+    quarry_session *s = quarry_session_open(f->model, NULL, &error);
+    assert_true(n > 0 && s);
+    assert_int_equal(quarry_session_read(s, tokens, n, NULL, &error), 0);
+    assert_int_equal(cite_first_holds(f->model, s, tokens, n, &there, &holds, &error), QUARRY_ERROR_ARGUMENT);
+    assert_int_equal(quarry_session_cite(s, &error), 0);
+    assert_int_equal(cite_first_holds(f->model, s, tokens, n, &there, &holds, &error), 0);
+    assert_false(holds); /* nothing was asked */
+    for (int i = 0; i < 4; i++) assert_int_equal(quarry_session_feed(s, tokens + i, 1, NULL, &error), 0);
+    assert_int_equal(cite_first_holds(f->model, s, tokens, n, &there, &holds, &error), 0);
+    assert_true(holds);
+    assert_int_equal(cite_first_holds(f->model, s, tokens, n, &absent, &holds, &error), 0);
+    assert_false(holds);
+    quarry_session_close(s);
+    quarry_free(tokens);
+}
+
 static void needles_need_room(void **state)
 {
     const fixture *f = *state;
@@ -141,7 +166,8 @@ static void lack_of_memory_is_an_error_anywhere(void **state)
                                    .n_depths = 1,
                                    .count = 1,
                                    .needles = 1,
-                                   .n_answer = 2};
+                                   .n_answer = 2,
+                                   .cite = true};
     kld_result k[2];
     needle_result n[2];
     quarry_error error;
@@ -263,6 +289,7 @@ int main(void)
         cmocka_unit_test(too_deep_is_said_before_reading),
         cmocka_unit_test(a_watcher_can_stop_the_measurement),
         cmocka_unit_test(every_needle_is_asked_for_under_every_policy),
+        cmocka_unit_test(a_citation_holds_the_needle_if_its_number_is_in_it),
         cmocka_unit_test(needles_need_room),
         cmocka_unit_test(lack_of_memory_is_an_error_anywhere),
         cmocka_unit_test(speed_reports_every_test_of_every_policy),

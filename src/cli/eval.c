@@ -203,6 +203,7 @@ typedef struct needle_settings {
     cli_output_options output;
     const char *depths;
     int64_t count, needles, n_answer, seed;
+    bool cite;
 } needle_settings;
 
 static const cli_option needle_table[] = {
@@ -212,6 +213,8 @@ static const cli_option needle_table[] = {
      NEEDLE_MAX},
     {"-n, --predict", "N", CLI_INT, offsetof(needle_settings, n_answer), "32", "most tokens of an answer", 1, 4096},
     {"-s, --seed", "N", CLI_INT, offsetof(needle_settings, seed), "1", "seed of places, keys and numbers", 0, 9e18},
+    {"--cite", NULL, CLI_SWITCH, offsetof(needle_settings, cite), NULL,
+     "count the right answers whose first citation (quarry ask --cite) holds the needle", 0, 0},
     {0}};
 
 static const cli_group needle_groups[] = {{"Measurement", needle_table, 0},
@@ -245,14 +248,32 @@ static void needle_print(const eval_input *in, const needle_result *results)
     }
 }
 
+static void needle_print_citations(const eval_input *in, const needle_result *results)
+{
+    const int width = attn_width(&in->policies);
+    cli_print("\nof the right answers, those whose first citation holds the needle\n\n");
+    cli_print("%-*s  %9s  %22s\n", width, "policy", "cited", "share (95 % interval)");
+    for (int i = 0; i <= in->policies.n; i++) {
+        const needle_result *r = &results[i];
+        char cited[48];
+        snprintf(cited, sizeof cited, "%lld/%lld", (long long)r->cited, (long long)r->correct);
+        cli_print("%-*s  %9s  %5.1f %% (%5.1f to %5.1f)\n", width, r->attn, cited,
+                  r->correct ? 100.0 * (double)r->cited / (double)r->correct : 0, 100 * r->cited_low, 100 * r->cited_high);
+    }
+}
+
 static int needle_print_json(const eval_input *in, const needle_settings *s, const needle_result *results)
 {
     json_t *list = json_array();
     for (int i = 0; i <= in->policies.n; i++) {
         const needle_result *r = &results[i];
-        json_array_append_new(list, json_pack("{s:s, s:I, s:I, s:f, s:f, s:o, s:o}", "attn", r->attn, "correct", (json_int_t)r->correct,
-                                              "kept", (json_int_t)r->kept, "kept_low", r->kept_low, "kept_high", r->kept_high, "kld",
-                                              json_summary(&r->kld), "reading", json_reading(&r->reading)));
+        json_t *item = json_pack("{s:s, s:I, s:I, s:f, s:f, s:o, s:o}", "attn", r->attn, "correct", (json_int_t)r->correct, "kept",
+                                 (json_int_t)r->kept, "kept_low", r->kept_low, "kept_high", r->kept_high, "kld", json_summary(&r->kld),
+                                 "reading", json_reading(&r->reading));
+        if (s->cite)
+            json_object_update_new(
+                item, json_pack("{s:I, s:f, s:f}", "cited", (json_int_t)r->cited, "cited_low", r->cited_low, "cited_high", r->cited_high));
+        json_array_append_new(list, item);
     }
     return json_print(json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:o}", "model", in->info.name, "isa", in->info.kernels, "n_depths",
                                 s->depths, "needles", (json_int_t)s->needles, "seed", (json_int_t)s->seed, "asked",
@@ -284,6 +305,7 @@ static int needle_run(const void *settings, const cli_list *arguments)
                                   .count = (int)s->count,
                                   .needles = (int)s->needles,
                                   .n_answer = (int)s->n_answer,
+                                  .cite = s->cite,
                                   .seed = (uint64_t)s->seed,
                                   .n_batch = (int)s->eval.n_batch};
     const quarry_watch watch = cli_progress_start(&progress, "reading", s->output.quiet);
@@ -297,6 +319,7 @@ static int needle_run(const void *settings, const cli_list *arguments)
         code = needle_print_json(&in, s, results);
     else
         needle_print(&in, results);
+    if (measured == QUARRY_OK && s->cite && !s->output.json) needle_print_citations(&in, results);
 done:
     memory_free(results);
     memory_free(depths);

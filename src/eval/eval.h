@@ -118,6 +118,13 @@ void sentence_starts(const int32_t *tokens, int64_t n, token_text_fn text, const
 bool haystack_build(const int32_t *text, const bool *starts, int64_t n_text, int64_t first, needle *needles, const token_list *sentences,
                     int n_needles, int32_t *out, int64_t n_tokens);
 
+/* ---- cite.c: does an answer cite what it was taken from? ---- */
+
+/* *holds: the passage that the session, asked after quarry_session_cite, would cite first has the needle's number in it. document[n_document]: the tokens that its
+ * context ends with. */
+quarry_code cite_first_holds(const quarry_model *model, const quarry_session *session, const int32_t *document, int64_t n_document,
+                             const needle *s, bool *holds, quarry_error *error);
+
 /* ---- needle.c: are needles still found? ---- */
 
 typedef struct needle_params {
@@ -130,17 +137,20 @@ typedef struct needle_params {
     int count;    /* haystacks per depth and text */
     int needles;  /* in each haystack; every one is asked for */
     int n_answer; /* most tokens of an answer */
+    bool cite;    /* whether right answers cite the needle first */
     uint64_t seed;
     int n_batch;
 } needle_params;
 
 typedef struct needle_result {
     const char *attn;
-    int64_t asked, full_correct; /* the same for all policies */
-    int64_t correct;             /* answered by this policy */
-    int64_t kept;                /* answered by this policy and by full */
-    double kept_low, kept_high;  /* 95 % interval of kept / full_correct */
-    metric_summary kld;          /* KLD(full || policy) over the tokens of full's answers */
+    int64_t asked, full_correct;  /* the same for all policies */
+    int64_t correct;              /* answered by this policy */
+    int64_t cited;                /* of these, with the needle in the passage cited first; 0 if not asked for */
+    int64_t kept;                 /* answered by this policy and by full */
+    double kept_low, kept_high;   /* 95 % interval of kept / full_correct */
+    double cited_low, cited_high; /* 95 % interval of cited / correct */
+    metric_summary kld;           /* KLD(full || policy) over the tokens of full's answers */
     eval_reading reading;
 } needle_result;
 

@@ -7,7 +7,7 @@ enum { SENTENCE_BYTES = 160, QUESTION_TOKENS = 64 };
 typedef struct needle_tally {
     series kld;
     reading_sum reading;
-    int64_t correct, kept;
+    int64_t correct, kept, cited;
 } needle_tally;
 
 typedef struct needle_run {
@@ -32,6 +32,7 @@ typedef struct needle_case {
     const needle *needle;
     int64_t n_tokens;
     const quarry_session *read;
+    int64_t first; /* token where the text begins, after the template's */
     const token_list *question;
     token_list answer; /* of full, its end included */
     bool full_correct;
@@ -75,14 +76,15 @@ static quarry_code answer_forced(needle_run *r, quarry_session *session, const t
     return code;
 }
 
-static quarry_session *session_asked(const needle_case *c, int policy, quarry_error *error)
+static quarry_session *session_asked(const needle_run *r, const needle_case *c, int policy, quarry_error *error)
 {
     quarry_session *session = session_fork_policy(c->read, policy, error);
-    if (session && quarry_session_feed(session, c->question->ids, c->question->n, NULL, error) != QUARRY_OK) {
-        quarry_session_close(session);
-        return NULL;
-    }
-    return session;
+    if (!session) return NULL;
+    int code = r->params->cite ? quarry_session_cite(session, error) : QUARRY_OK;
+    if (!code) code = quarry_session_feed(session, c->question->ids, c->question->n, NULL, error);
+    if (!code) return session;
+    quarry_session_close(session);
+    return NULL;
 }
 
 /* The text of an answer, NUL-terminated; free with memory_free. */
@@ -103,8 +105,12 @@ static char *answer_text(const needle_run *r, const token_list *answer, size_t *
     return text;
 }
 
-static quarry_code answer_judge(needle_run *r, needle_case *c, int policy, const token_list *answer, quarry_error *error)
+/* session: the one that gave the answer. */
+static quarry_code answer_judge(needle_run *r, needle_case *c, int policy, const token_list *answer, const quarry_session *session,
+                                quarry_error *error)
 {
+    quarry_code code = QUARRY_OK;
+    bool cited = false;
     size_t n_bytes;
     char *text = answer_text(r, answer, &n_bytes, error);
     if (!text) return QUARRY_ERROR_MEMORY;
@@ -114,14 +120,18 @@ static quarry_code answer_judge(needle_run *r, needle_case *c, int policy, const
         r->full_correct += correct;
         r->asked++;
     }
+    if (correct && r->params->cite)
+        code = cite_first_holds(r->model, session, quarry_session_tokens(c->read) + c->first, c->n_tokens - c->first, c->needle, &cited,
+                                error);
     r->tallies[policy].correct += correct;
+    r->tallies[policy].cited += cited;
     r->tallies[policy].kept += correct && c->full_correct;
     if (r->on_answer) {
         const needle_answer a = {c->text_name, r->specs[policy], text, c->needle, c->n_tokens, correct, c->full_correct};
         r->on_answer(&a, r->data);
     }
     memory_free(text);
-    return QUARRY_OK;
+    return code;
 }
 
 /* Policy 0 (full) answers freely and leaves the reference; the others follow its answer, and answer freely where they would have left it. */
@@ -130,7 +140,7 @@ static quarry_code needle_ask(needle_run *r, needle_case *c, int policy, quarry_
     token_list own = {0};
     bool same = true;
     quarry_code code;
-    quarry_session *free_session = NULL, *session = session_asked(c, policy, error);
+    quarry_session *free_session = NULL, *session = session_asked(r, c, policy, error);
     if (!session) return eval_failed(error);
     if (policy == 0) {
         c->answer.n = 0;
@@ -142,13 +152,13 @@ static quarry_code needle_ask(needle_run *r, needle_case *c, int policy, quarry_
     if (code != QUARRY_OK) goto done;
     reading_add(&r->tallies[policy].reading, session, c->question->n + c->answer.n - 1);
     if (!same) {
-        if (!(free_session = session_asked(c, policy, error))) {
+        if (!(free_session = session_asked(r, c, policy, error))) {
             code = eval_failed(error);
             goto done;
         }
         if ((code = answer_greedy(r, free_session, &own, NULL, error)) != QUARRY_OK) goto done;
     }
-    code = answer_judge(r, c, policy, same ? &c->answer : &own, error);
+    code = answer_judge(r, c, policy, same ? &c->answer : &own, same ? session : free_session, error);
 done:
     quarry_session_close(free_session);
     quarry_session_close(session);
@@ -223,6 +233,7 @@ static quarry_code haystack_run(needle_run *r, int text_index, int64_t n_tokens,
     }
     if ((code = eval_read(session, tokens, n_tokens, &r->watch, error)) != QUARRY_OK) goto done;
     c.read = session;
+    c.first = before.n;
     c.question = &question;
     for (int i = 0; i < r->params->needles; i++) {
         c.needle = &needles[i];
@@ -311,8 +322,10 @@ quarry_code needle_measure(quarry_model *model, const needle_params *params, con
                                      .asked = r.asked,
                                      .full_correct = r.full_correct,
                                      .correct = t->correct,
-                                     .kept = t->kept};
+                                     .kept = t->kept,
+                                     .cited = t->cited};
         metric_wilson(t->kept, r.full_correct, 1.96, &results[i].kept_low, &results[i].kept_high);
+        metric_wilson(t->cited, t->correct, 1.96, &results[i].cited_low, &results[i].cited_high);
         series_summarise(&t->kld, &results[i].kld);
         reading_relate(&t->reading, &r.tallies[0].reading, model, &results[i].reading);
     }
