@@ -89,7 +89,8 @@ size_t sentence_end(const char *text, size_t n_bytes, size_t first)
     for (size_t at = start; at < n_bytes; at++) {
         const size_t length = at - first, mark = mark_length(text, n_bytes, first, at);
         if (mark) return skip_space(text, n_bytes, at + mark);
-        if (text[at] == '\n' && (length >= CUT_AT_LINE || text[start] == '#' || line_stands_apart(text, n_bytes, at + 1))) return skip_space(text, n_bytes, at);
+        if (text[at] == '\n' && (length >= CUT_AT_LINE || text[start] == '#' || line_stands_apart(text, n_bytes, at + 1)))
+            return skip_space(text, n_bytes, at);
         if (is_space(text[at]) && length >= CUT_AT_SPACE) return skip_space(text, n_bytes, at);
         if (length >= CUT_ANYWHERE && ((unsigned char)text[at] & 0xC0) != 0x80) return at;
     }
