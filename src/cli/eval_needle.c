@@ -1,0 +1,144 @@
+#include <stdio.h>
+
+#include "cli/eval_common.h"
+
+typedef struct needle_settings {
+    cli_model_options model;
+    eval_options eval;
+    cli_output_options output;
+    const char *depths;
+    int64_t count, needles, n_answer, seed;
+    bool cite;
+} needle_settings;
+
+static const cli_option needle_table[] = {
+    {"-d, --depths", "N,...", CLI_TEXT, offsetof(needle_settings, depths), "2000,4000,7000", "tokens of each haystack", 0, 0},
+    {"--count", "N", CLI_INT, offsetof(needle_settings, count), "3", "haystacks per depth and text", 1, 10000},
+    {"--needles", "N", CLI_INT, offsetof(needle_settings, needles), "1", "needles in a haystack, each asked for (harder, and cheaper)", 1,
+     NEEDLE_MAX},
+    {"-n, --predict", "N", CLI_INT, offsetof(needle_settings, n_answer), "32", "most tokens of an answer", 1, 4096},
+    {"-s, --seed", "N", CLI_INT, offsetof(needle_settings, seed), "1", "seed of places, keys and numbers", 0, 9e18},
+    {"--cite", NULL, CLI_SWITCH, offsetof(needle_settings, cite), NULL,
+     "count the right answers whose first citation (quarry ask --cite) holds the needle", 0, 0},
+    {0}};
+
+static const cli_group needle_groups[] = {{"Measurement", needle_table, 0},
+                                          {"Texts and policies", eval_options_table, offsetof(needle_settings, eval)},
+                                          {"Model", cli_model_table, offsetof(needle_settings, model)},
+                                          {"Output", cli_output_table, offsetof(needle_settings, output)},
+                                          {0}};
+
+static void on_answer(const needle_answer *a, void *data)
+{
+    (void)data;
+    fprintf(stderr, "%s, %lld tokens, %s is %s at %.2f: %s %s: %s\n", a->text_name, (long long)a->n_tokens, a->needle->key,
+            a->needle->number, (double)a->needle->at / (double)a->n_tokens, a->attn, a->correct ? "right" : "wrong", a->answer);
+}
+
+static void needle_print(const eval_input *in, const needle_result *results)
+{
+    const int width = eval_attn_width(&in->policies);
+    eval_print_model(in);
+    cli_print("%lld needles asked for, full attention answers %lld; kept: of these, those a policy answers; KLD along full's answers\n\n",
+              (long long)results[0].asked, (long long)results[0].full_correct);
+    cli_print("%-*s  %9s  %22s  %18s  %6s  %6s\n", width, "policy", "kept", "share (95 % interval)", "mean KLD ± s.e.", "rows", "bytes");
+    for (int i = 0; i <= in->policies.n; i++) {
+        const needle_result *r = &results[i];
+        const double share = r->full_correct ? 100.0 * (double)r->kept / (double)r->full_correct : 0;
+        char kept[48];
+        snprintf(kept, sizeof kept, "%lld/%lld", (long long)r->kept, (long long)r->full_correct);
+        cli_print("%-*s  %9s  %5.1f %% (%5.1f to %5.1f)  %8.5f ± %7.5f  %4.1f %%  %4.1f %%\n", width, r->attn, kept, share,
+                  100 * r->kept_low, 100 * r->kept_high, r->kld.mean, r->kld.standard_error, 100 * r->reading.rows_share,
+                  100 * r->reading.bytes_share);
+    }
+}
+
+static void needle_print_citations(const eval_input *in, const needle_result *results)
+{
+    const int width = eval_attn_width(&in->policies);
+    cli_print("\nof the right answers, those whose first citation holds the needle\n\n");
+    cli_print("%-*s  %9s  %22s\n", width, "policy", "cited", "share (95 % interval)");
+    for (int i = 0; i <= in->policies.n; i++) {
+        const needle_result *r = &results[i];
+        char cited[48];
+        snprintf(cited, sizeof cited, "%lld/%lld", (long long)r->cited, (long long)r->correct);
+        cli_print("%-*s  %9s  %5.1f %% (%5.1f to %5.1f)\n", width, r->attn, cited,
+                  r->correct ? 100.0 * (double)r->cited / (double)r->correct : 0, 100 * r->cited_low, 100 * r->cited_high);
+    }
+}
+
+static int needle_print_json(const eval_input *in, const needle_settings *s, const needle_result *results)
+{
+    json_t *list = json_array();
+    for (int i = 0; i <= in->policies.n; i++) {
+        const needle_result *r = &results[i];
+        json_t *item = json_pack("{s:s, s:I, s:I, s:f, s:f, s:o, s:o}", "attn", r->attn, "correct", (json_int_t)r->correct, "kept",
+                                 (json_int_t)r->kept, "kept_low", r->kept_low, "kept_high", r->kept_high, "kld", eval_json_summary(&r->kld),
+                                 "reading", eval_json_reading(&r->reading));
+        if (s->cite)
+            json_object_update_new(
+                item, json_pack("{s:I, s:f, s:f}", "cited", (json_int_t)r->cited, "cited_low", r->cited_low, "cited_high", r->cited_high));
+        json_array_append_new(list, item);
+    }
+    return json_print(json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:o}", "model", in->info.name, "isa", in->info.kernels, "n_depths",
+                                s->depths, "needles", (json_int_t)s->needles, "seed", (json_int_t)s->seed, "asked",
+                                (json_int_t)results[0].asked, "full_correct", (json_int_t)results[0].full_correct, "results", list));
+}
+
+static int needle_run(const void *settings, const cli_list *arguments)
+{
+    const needle_settings *s = settings;
+    eval_input in = {0};
+    cli_progress progress;
+    quarry_error error;
+    needle_result *results = NULL;
+    int64_t *depths = NULL;
+    int code;
+    const int64_t n_depths = list_parse_numbers(s->depths, "--depths", 64, 1000000000, &depths, &error);
+    if (n_depths < 0) return cli_fail_error(&error);
+    if ((code = eval_input_open(&in, &s->model, &s->eval, &s->output, arguments, &command_eval_needle))) goto done;
+    if (!(results = memory_zero((size_t)in.policies.n + 1, sizeof *results, "results", &error))) {
+        code = cli_fail_error(&error);
+        goto done;
+    }
+    const needle_params params = {.attn = (const char *const *)in.policies.specs,
+                                  .n_attn = in.policies.n,
+                                  .texts = in.texts,
+                                  .n_texts = in.n_texts,
+                                  .depths = depths,
+                                  .n_depths = (int)n_depths,
+                                  .count = (int)s->count,
+                                  .needles = (int)s->needles,
+                                  .n_answer = (int)s->n_answer,
+                                  .cite = s->cite,
+                                  .seed = (uint64_t)s->seed,
+                                  .n_batch = (int)s->eval.n_batch};
+    const quarry_watch watch = cli_progress_start(&progress, "reading", s->output.quiet);
+    cli_work_begin();
+    const quarry_code measured = needle_measure(in.model, &params, &watch, s->output.verbose ? on_answer : NULL, NULL, results, &error);
+    cli_work_end();
+    cli_progress_end(&progress);
+    if (measured != QUARRY_OK)
+        code = cli_fail_error(&error);
+    else if (s->output.json)
+        code = needle_print_json(&in, s, results);
+    else
+        needle_print(&in, results);
+    if (measured == QUARRY_OK && s->cite && !s->output.json) needle_print_citations(&in, results);
+done:
+    memory_free(results);
+    memory_free(depths);
+    eval_input_close(&in);
+    return code;
+}
+
+const cli_command command_eval_needle = {
+    "eval needle",
+    "[options] -f FILE...",
+    "measure whether a policy still finds a sentence in a long text",
+    "Puts a sentence with a number into a text, reads it with full attention, and asks for the number under each policy through the chat "
+    "template. -v prints every answer.",
+    needle_groups,
+    sizeof(needle_settings),
+    needle_run,
+};
