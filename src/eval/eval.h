@@ -4,6 +4,7 @@
 #define EVAL_EVAL_H
 
 #include "base/base.h"
+#include "eval/journal.h"
 #include "gen/gen.h"
 
 /* ---- metrics.c ---- */
@@ -46,6 +47,12 @@ typedef struct policy_list {
 } policy_list;
 quarry_code policy_list_add(policy_list *list, const char *text, quarry_error *error);
 void policy_list_free(policy_list *list);
+
+/* ---- digest.c: SHA-256 in hexadecimal, as sha256sum prints it ---- */
+
+enum { DIGEST_CHARS = 64 + 1 };
+void digest_bytes(const void *data, size_t n, char out[DIGEST_CHARS]);
+quarry_code digest_file(const char *path, char out[DIGEST_CHARS], quarry_error *error); /* IO, MEMORY */
 
 /* ---- common to the tasks ---- */
 
