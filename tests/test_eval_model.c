@@ -26,8 +26,25 @@ static void window_predicts_less_well_than_full(void **state)
     quarry_error error = {0};
     if (kld_measure(f->model, &params, NULL, r, &error) != QUARRY_OK) fail_msg("%s", error.message);
     assert_true(r[0].perplexity > 1 && r[0].perplexity < 100);
-    assert_true(r[1].kld.mean < 0.001 && r[1].agreement > 0.9);
-    assert_true(r[2].kld.mean > 10 * r[1].kld.mean && r[2].perplexity > r[0].perplexity);
+    assert_true(r[1].kld.steps.mean < 0.001 && r[1].agreement > 0.9);
+    assert_true(r[2].kld.steps.mean > 10 * r[1].kld.steps.mean && r[2].perplexity > r[0].perplexity);
+}
+
+static void full_knows_the_digits_that_window_cannot_see(void **state)
+{
+    const fixture *f = need_model(state);
+    const char *attn[] = {"ivfpq:budget=1", "window"};
+    const kld_params params = {
+        .attn = attn, .n_attn = 2, .texts = &f->text, .n_texts = 1, .depth = 600, .haystacks = 2, .needles = 2, .seed = 3};
+    kld_result r[3];
+    quarry_error error = {0};
+    if (kld_measure(f->model, &params, NULL, r, &error) != QUARRY_OK) fail_msg("%s", error.message);
+    assert_int_equal(r[0].n_samples, 4);
+    assert_int_equal(r[0].kld.steps.n, 4 * NEEDLE_DIGITS);
+    assert_true(r[0].full_correct >= 2 && r[0].perplexity < 1.5);
+    assert_int_equal(r[1].kept, r[0].full_correct);
+    assert_int_equal(r[2].correct, 0);
+    assert_true(r[2].kld.steps.mean > 100 * r[1].kld.steps.mean && r[2].dnll.steps.mean > 0.5);
 }
 
 static void count_answers(const needle_answer *a, void *data)
@@ -73,6 +90,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(window_predicts_less_well_than_full),
+        cmocka_unit_test(full_knows_the_digits_that_window_cannot_see),
         cmocka_unit_test(full_finds_needles_that_window_cannot_see),
     };
     return cmocka_run_group_tests(tests, open_model, close_model);

@@ -22,10 +22,10 @@ static void kld_of_full_is_zero_and_window_reads_less(void **state)
     kld_result r[3];
     quarry_error error = {0};
     if (kld_measure(f->model, &params, NULL, r, &error) != QUARRY_OK) fail_msg("%s", error.message);
-    for (int i = 0; i < 3; i++) assert_int_equal(r[i].kld.n, 16);
-    assert_true(r[0].kld.max == 0 && r[1].kld.max == 0);
+    for (int i = 0; i < 3; i++) assert_int_equal(r[i].kld.steps.n, 16);
+    assert_true(r[0].kld.steps.max == 0 && r[1].kld.steps.max == 0);
     assert_true(r[1].agreement == 1 && r[1].perplexity == r[0].perplexity && r[1].reading.rows_share == 1);
-    assert_true(r[2].kld.mean > 0 && r[2].kld.mean < 20);
+    assert_true(r[2].kld.steps.mean > 0 && r[2].kld.steps.mean < 20);
     assert_true(r[2].reading.rows_share > 0.1 && r[2].reading.rows_share < 0.5);
 }
 
@@ -157,7 +157,16 @@ static void lack_of_memory_is_an_error_anywhere(void **state)
     const fixture *f = *state;
     const char *attn[] = {"window"};
     const int64_t depth = 200;
-    const kld_params kld = {.attn = attn, .n_attn = 1, .texts = &f->text, .n_texts = 1, .depth = 40, .n_steps = 2, .samples = 1};
+    const kld_params kld = {.attn = attn,
+                            .n_attn = 1,
+                            .texts = &f->text,
+                            .n_texts = 1,
+                            .depth = 200,
+                            .n_steps = 2,
+                            .samples = 1,
+                            .haystacks = 1,
+                            .needles = 1,
+                            .audit = true};
     const needle_params needles = {.attn = attn,
                                    .n_attn = 1,
                                    .texts = &f->text,
@@ -168,7 +177,7 @@ static void lack_of_memory_is_an_error_anywhere(void **state)
                                    .needles = 1,
                                    .n_answer = 2,
                                    .cite = true};
-    kld_result k[2];
+    kld_result k[4];
     needle_result n[2];
     quarry_error error;
     bool kld_done = false, needle_done = false;

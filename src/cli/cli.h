@@ -81,6 +81,12 @@ void cli_command_help(const cli_command *command);
 /* The word of words[n] nearest to the given one by edits, or NULL if none is near enough to be meant. */
 const char *cli_nearest(const char *word, const char *const *words, int n);
 
+/* ---- command_line.c ---- */
+
+/* A command with what in its settings is not as by default, as one could type it: files by their name without folders, nothing about threads, output or journals, for these
+ * change no result. Free with memory_free; NULL out of memory. */
+char *cli_command_line(const cli_command *command, const void *settings, const cli_list *arguments);
+
 /* ---- common.c: options that commands share, and what they stand for ---- */
 
 typedef struct cli_model_options {
@@ -116,6 +122,7 @@ extern const cli_option cli_model_table[], cli_session_table[], cli_sampling_tab
 
 /* Opens the model of -m or of the environment variable QUARRY_MODEL. output may be NULL. */
 int cli_model_open(quarry_model **model, const cli_model_options *options, const cli_output_options *output);
+const char *cli_model_path(const cli_model_options *options); /* that file; NULL if none is named */
 int cli_session_open(quarry_session **session, quarry_model *model, const cli_session_options *options);
 
 /* Sampling parameters and the memory they point to. */

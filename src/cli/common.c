@@ -67,9 +67,14 @@ static void print_log(quarry_log_level level, const char *line, void *data)
     if (level <= QUARRY_LOG_WARN || (output && output->verbose)) fprintf(stderr, "quarry: %s\n", line);
 }
 
+const char *cli_model_path(const cli_model_options *options)
+{
+    return options->path ? options->path : getenv("QUARRY_MODEL");
+}
+
 int cli_model_open(quarry_model **model, const cli_model_options *options, const cli_output_options *output)
 {
-    const char *path = options->path ? options->path : getenv("QUARRY_MODEL");
+    const char *path = cli_model_path(options);
     if (!path || !*path) return cli_fail_usage(NULL, "no model: give one with -m FILE or in the environment variable QUARRY_MODEL");
     quarry_model_params params = {
         .n_threads = (int)options->n_threads,

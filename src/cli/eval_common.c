@@ -1,5 +1,6 @@
 #include "cli/eval_common.h"
 
+#include <math.h>
 #include <string.h>
 
 const cli_option eval_options_table[] = {
@@ -18,6 +19,7 @@ static int read_text(eval_input *in, const char *path)
     quarry_error error;
     int code = cli_read_file(&text, &n_bytes, path);
     if (code) return code;
+    digest_bytes(text, n_bytes, in->digests[in->n_texts]);
     const int64_t n = quarry_tokenize(in->model, text, n_bytes, false, &tokens, &error);
     memory_free(text);
     if (n < 0) return cli_fail_error(&error);
@@ -40,6 +42,8 @@ int eval_input_open(eval_input *in, const cli_model_options *model, const eval_o
     quarry_model_get_info(in->model, &in->info);
     in->texts = memory_zero((size_t)options->files.n + (size_t)arguments->n, sizeof *in->texts, "texts", &error);
     if (!in->texts) return cli_fail_error(&error);
+    in->digests = memory_zero((size_t)options->files.n + (size_t)arguments->n, sizeof *in->digests, "digests", &error);
+    if (!in->digests) return cli_fail_error(&error);
     for (int i = 0; i < options->files.n && !code; i++) code = read_text(in, options->files.items[i]);
     for (int i = 0; i < arguments->n && !code; i++) code = read_text(in, arguments->items[i]);
     return code;
@@ -49,8 +53,69 @@ void eval_input_close(eval_input *in)
 {
     for (int i = 0; i < in->n_texts; i++) quarry_free((void *)in->texts[i].tokens);
     memory_free(in->texts);
+    memory_free(in->digests);
     policy_list_free(&in->policies);
     quarry_model_close(in->model);
+}
+
+/* The last part of a path: results go into reports, and folders are the user's own. */
+static const char *file_name(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
+static json_t *json_texts(const eval_input *in)
+{
+    json_t *list = json_array();
+    for (int i = 0; i < in->n_texts; i++)
+        json_array_append_new(list, json_pack("{s:s, s:s, s:I}", "name", file_name(in->texts[i].name), "digest", in->digests[i], "n_tokens",
+                                              (json_int_t)in->texts[i].n_tokens));
+    return list;
+}
+
+json_t *eval_json_policies(const eval_input *in)
+{
+    json_t *list = json_array();
+    for (int i = 0; i < in->policies.n; i++) json_array_append_new(list, json_string(in->policies.specs[i]));
+    return list;
+}
+
+json_t *eval_json_envelope(const eval_input *in, const cli_command *command, const void *settings, const cli_list *arguments,
+                           const cli_model_options *model, int64_t seed, json_t *parameters)
+{
+    quarry_error error;
+    char digest[DIGEST_CHARS];
+    const char *path = cli_model_path(model);
+    char *line = NULL, name[64];
+    json_t *envelope = NULL;
+    snprintf(name, sizeof name, "%s", command->name);
+    if (digest_file(path, digest, &error) != QUARRY_OK) {
+        cli_fail_error(&error);
+        goto done;
+    }
+    line = cli_command_line(command, settings, arguments);
+    envelope = json_pack("{s:s, s:s, s:s, s:{s:s, s:s, s:s, s:s, s:I}, s:s, s:o, s:o, s:O}", "command", name, "line", line ? line : "",
+                         "version", quarry_version(), "model", "name", in->info.name, "file", file_name(path), "digest", digest,
+                         "quantization", in->info.quantization, "n_ctx_train", (json_int_t)in->info.n_ctx_train, "isa", in->info.kernels,
+                         "seed", seed < 0 ? json_null() : json_integer(seed), "texts", json_texts(in), "parameters", parameters);
+    if (!line || !envelope) cli_fail("out of memory");
+done:
+    memory_free(line);
+    json_decref(parameters);
+    return envelope;
+}
+
+int eval_journal_open(journal **out, const char *path, const json_t *envelope)
+{
+    quarry_error error;
+    *out = path ? journal_open(path, envelope, &error) : NULL;
+    return path && !*out ? cli_fail_error(&error) : CLI_OK;
+}
+
+json_t *eval_json_number(double value)
+{
+    return isfinite(value) ? json_real(value) : json_null();
 }
 
 json_t *eval_json_reading(const eval_reading *r)

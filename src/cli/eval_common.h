@@ -20,6 +20,7 @@ typedef struct eval_input {
     policy_list policies;
     eval_text *texts;
     int n_texts;
+    char (*digests)[DIGEST_CHARS]; /* [n_texts] of the files' bytes */
 } eval_input;
 
 /* Opens the model, reads the texts of -f and of the arguments, and lists the policies (default: the default policy). An exit code; eval_input_close also after a
@@ -28,6 +29,18 @@ int eval_input_open(eval_input *in, const cli_model_options *model, const eval_o
                     const cli_list *arguments, const cli_command *command);
 void eval_input_close(eval_input *in);
 
+/* What every evaluation prints with --json, less "results" (docs/eval.md): command, program, model, isa, seed, texts, parameters. Takes over parameters. A journal's header is the same.
+ * seed < 0: nothing is drawn. NULL after a message: a failure. */
+json_t *eval_json_envelope(const eval_input *in, const cli_command *command, const void *settings, const cli_list *arguments,
+                           const cli_model_options *model, int64_t seed, json_t *parameters);
+/* The policies, for parameters. */
+json_t *eval_json_policies(const eval_input *in);
+
+/* Opens the journal at path with the envelope as its header; path NULL: *out is NULL. */
+int eval_journal_open(journal **out, const char *path, const json_t *envelope);
+
+/* A number, or null for NAN. */
+json_t *eval_json_number(double value);
 json_t *eval_json_reading(const eval_reading *r);
 json_t *eval_json_summary(const metric_summary *s);
 

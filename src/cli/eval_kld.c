@@ -1,16 +1,34 @@
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
 #include "cli/eval_common.h"
 
 typedef struct kld_settings {
     cli_model_options model;
     eval_options eval;
     cli_output_options output;
-    int64_t depth, n_steps, samples;
+    const char *task, *journal;
+    int64_t depth, n_steps, samples, needles, seed;
+    bool audit;
 } kld_settings;
 
 static const cli_option kld_table[] = {
+    {"--task", "TASK", CLI_TEXT, offsetof(kld_settings, task), "prose",
+     "what follows the text read: prose, the text's own next tokens; needle, questions about sentences hidden in it, with the right "
+     "answer; both",
+     0, 0},
     {"-d, --depth", "N", CLI_INT, offsetof(kld_settings, depth), "6000", "tokens of the text read before", 1, 1e9},
-    {"-n, --steps", "N", CLI_INT, offsetof(kld_settings, n_steps), "96", "tokens of the text that follow, fed one by one", 1, 1e6},
-    {"--samples", "N", CLI_INT, offsetof(kld_settings, samples), "2", "places measured, spread over the texts", 1, 1e6},
+    {"-n, --steps", "N", CLI_INT, offsetof(kld_settings, n_steps), "96", "prose: tokens of the text that follow, fed one by one", 1, 1e6},
+    {"--samples", "N", CLI_INT, offsetof(kld_settings, samples), "2", "places measured, spread over the texts, and as many haystacks", 1,
+     1e6},
+    {"--needles", "N", CLI_INT, offsetof(kld_settings, needles), "8", "needle: hidden in each haystack, every one asked for", 1,
+     NEEDLE_MAX},
+    {"-s, --seed", "N", CLI_INT, offsetof(kld_settings, seed), "1", "needle: seed of places, keys and numbers", 0, 9e18},
+    {"--audit", NULL, CLI_SWITCH, offsetof(kld_settings, audit), NULL,
+     "also compare what was read with exact scores: attention mass covered, recall of the top k (slower)", 0, 0},
+    {"--journal", "FILE", CLI_TEXT, offsetof(kld_settings, journal), NULL,
+     "keep finished samples in FILE; the same command goes on from there when it was stopped", 0, 0},
     {0}};
 
 static const cli_group kld_groups[] = {{"Measurement", kld_table, 0},
@@ -19,68 +37,160 @@ static const cli_group kld_groups[] = {{"Measurement", kld_table, 0},
                                        {"Output", cli_output_table, offsetof(kld_settings, output)},
                                        {0}};
 
-static void kld_print(const eval_input *in, const kld_settings *s, const kld_result *results)
+/* The error of a mean as it is best known. */
+static double best_error(const kld_summary *s)
+{
+    return isnan(s->clustered_error) ? s->steps.standard_error : s->clustered_error;
+}
+
+static void print_share(double share)
+{
+    if (isnan(share))
+        cli_print("  %7s", "-");
+    else
+        cli_print("  %5.1f %%", 100 * share);
+}
+
+static void kld_print_task(const eval_input *in, const kld_settings *s, const kld_result *results)
 {
     const int width = eval_attn_width(&in->policies);
-    eval_print_model(in);
-    cli_print("%lld x %lld tokens after %lld read; KL divergence of next-token distributions to full attention, in nats\n\n",
-              (long long)s->samples, (long long)s->n_steps, (long long)s->depth);
-    cli_print("%-*s  %18s  %8s  %8s  %6s  %10s  %6s  %6s  %10s\n", width, "policy", "mean KLD ± s.e.", "99 %", "max", "top-1", "perplexity",
-              "rows", "bytes", "KiB/token");
+    const bool asked = results->task == KLD_NEEDLE;
+    if (asked)
+        cli_print("\nneedle: %lld questions about %lld haystacks of %lld tokens, the digits of the right answer; full attention has %lld "
+                  "right\n\n",
+                  (long long)results->n_samples, (long long)s->samples, (long long)s->depth, (long long)results->full_correct);
+    else
+        cli_print("\nprose: %lld x %lld tokens after %lld read\n\n", (long long)results->n_samples, (long long)s->n_steps,
+                  (long long)s->depth);
+    cli_print("%-*s  %18s  %8s  %8s  %19s  %7s  %10s", width, "policy", "mean KLD ± s.e.", "99 %", "max", "dNLL ± s.e.", "top-1",
+              "perplexity");
+    if (asked) cli_print("  %9s", "kept");
+    if (s->audit) cli_print("  %7s  %7s", "mass", "recall");
+    cli_print("  %7s  %7s  %10s\n", "rows", "bytes", "KiB/token");
     for (int i = 0; i <= in->policies.n; i++) {
         const kld_result *r = &results[i];
-        cli_print("%-*s  %8.5f ± %7.5f  %8.4f  %8.4f  %4.1f %%  %10.3f  %4.1f %%  %4.1f %%  %10.0f\n", width, r->attn, r->kld.mean,
-                  r->kld.standard_error, r->kld.p99, r->kld.max, 100 * r->agreement, r->perplexity, 100 * r->reading.rows_share,
-                  100 * r->reading.bytes_share, r->reading.bytes_per_token / 1024);
+        cli_print("%-*s  %8.5f ± %7.5f  %8.4f  %8.4f  %9.5f ± %7.5f  %5.1f %%  %10.3f", width, r->attn, r->kld.steps.mean,
+                  best_error(&r->kld), r->kld.steps.p99, r->kld.steps.max, r->dnll.steps.mean, best_error(&r->dnll), 100 * r->agreement,
+                  r->perplexity);
+        if (asked) {
+            char kept[48];
+            snprintf(kept, sizeof kept, "%lld/%lld", (long long)r->kept, (long long)r->full_correct);
+            cli_print("  %9s", kept);
+        }
+        if (s->audit) {
+            print_share(r->mass);
+            print_share(r->recall);
+        }
+        print_share(r->reading.rows_share);
+        print_share(r->reading.bytes_share);
+        cli_print("  %10.0f\n", r->reading.bytes_per_token / 1024);
     }
 }
 
-static int kld_print_json(const eval_input *in, const kld_settings *s, const kld_result *results)
+static void kld_print(const eval_input *in, const kld_settings *s, const kld_result *results, int n_results)
+{
+    eval_print_model(in);
+    cli_print("KL divergence of next-token distributions to full attention, in nats\n");
+    for (int i = 0; i < n_results; i += in->policies.n + 1) kld_print_task(in, s, &results[i]);
+}
+
+static json_t *json_mean(const kld_summary *s)
+{
+    json_t *value = eval_json_summary(&s->steps);
+    json_object_set_new(value, "clustered_error", eval_json_number(s->clustered_error));
+    return value;
+}
+
+static json_t *json_result(const kld_result *r)
+{
+    json_t *item = json_pack("{s:s, s:s, s:I, s:o, s:o, s:f, s:f, s:o, s:o, s:o}", "task", kld_task_names[r->task], "attn", r->attn,
+                             "samples", (json_int_t)r->n_samples, "kld", json_mean(&r->kld), "dnll", json_mean(&r->dnll), "top1_agreement",
+                             r->agreement, "perplexity", r->perplexity, "mass", eval_json_number(r->mass), "recall",
+                             eval_json_number(r->recall), "reading", eval_json_reading(&r->reading));
+    if (r->task == KLD_NEEDLE)
+        json_object_update_new(item, json_pack("{s:I, s:I, s:I, s:f, s:f}", "full_correct", (json_int_t)r->full_correct, "correct",
+                                               (json_int_t)r->correct, "kept", (json_int_t)r->kept, "kept_low", r->kept_low, "kept_high",
+                                               r->kept_high));
+    return item;
+}
+
+static int kld_print_json(json_t *envelope, const kld_result *results, int n_results)
 {
     json_t *list = json_array();
-    for (int i = 0; i <= in->policies.n; i++)
-        json_array_append_new(list, json_pack("{s:s, s:o, s:f, s:f, s:o}", "attn", results[i].attn, "kld",
-                                              eval_json_summary(&results[i].kld), "top1_agreement", results[i].agreement, "perplexity",
-                                              results[i].perplexity, "reading", eval_json_reading(&results[i].reading)));
-    return json_print(json_pack("{s:s, s:s, s:I, s:I, s:I, s:o}", "model", in->info.name, "isa", in->info.kernels, "n_depth",
-                                (json_int_t)s->depth, "n_steps", (json_int_t)s->n_steps, "samples", (json_int_t)s->samples, "results",
-                                list));
+    for (int i = 0; i < n_results; i++) json_array_append_new(list, json_result(&results[i]));
+    json_object_set_new(envelope, "results", list);
+    return json_print(json_incref(envelope));
 }
 
-static int kld_run(const void *settings, const cli_list *arguments)
+/* samples and haystacks of the task; an exit code. */
+static int set_task(kld_params *params, const kld_settings *s)
 {
-    const kld_settings *s = settings;
-    eval_input in;
+    const bool both = !strcmp(s->task, "both"), prose = both || !strcmp(s->task, kld_task_names[KLD_PROSE]);
+    const bool needles = both || !strcmp(s->task, kld_task_names[KLD_NEEDLE]);
+    if (!prose && !needles) return cli_fail_usage(&command_eval_kld, "--task %s: should be prose, needle or both", s->task);
+    params->samples = prose ? (int)s->samples : 0;
+    params->haystacks = needles ? (int)s->samples : 0;
+    return CLI_OK;
+}
+
+static json_t *json_parameters(const eval_input *in, const kld_settings *s)
+{
+    return json_pack("{s:s, s:I, s:I, s:I, s:I, s:b, s:I, s:o}", "task", s->task, "depth", (json_int_t)s->depth, "steps",
+                     (json_int_t)s->n_steps, "samples", (json_int_t)s->samples, "needles", (json_int_t)s->needles, "audit", s->audit,
+                     "batch_size", (json_int_t)s->eval.n_batch, "attn", eval_json_policies(in));
+}
+
+/* Measures and prints. */
+static int kld_measure_print(const eval_input *in, const kld_settings *s, kld_params *params, json_t *envelope)
+{
     cli_progress progress;
     quarry_error error;
-    kld_result *results = NULL;
-    int code = eval_input_open(&in, &s->model, &s->eval, &s->output, arguments, &command_eval_kld);
-    if (code) goto done;
-    if (!(results = memory_zero((size_t)in.policies.n + 1, sizeof *results, "results", &error))) {
-        code = cli_fail_error(&error);
-        goto done;
-    }
-    const kld_params params = {.attn = (const char *const *)in.policies.specs,
-                               .n_attn = in.policies.n,
-                               .texts = in.texts,
-                               .n_texts = in.n_texts,
-                               .depth = s->depth,
-                               .n_steps = s->n_steps,
-                               .samples = (int)s->samples,
-                               .n_batch = (int)s->eval.n_batch};
-    const quarry_watch watch = cli_progress_start(&progress, "reading", s->output.quiet);
+    int code = CLI_OK;
+    kld_result *results = memory_zero((size_t)kld_n_results(params), sizeof *results, "results", &error);
+    if (!results) return cli_fail_error(&error);
+    const quarry_watch watch = cli_progress_start(&progress, "measuring", s->output.quiet);
     cli_work_begin();
-    const quarry_code measured = kld_measure(in.model, &params, &watch, results, &error);
+    const quarry_code measured = kld_measure(in->model, params, &watch, results, &error);
     cli_work_end();
     cli_progress_end(&progress);
     if (measured != QUARRY_OK)
         code = cli_fail_error(&error);
     else if (s->output.json)
-        code = kld_print_json(&in, s, results);
+        code = kld_print_json(envelope, results, kld_n_results(params));
     else
-        kld_print(&in, s, results);
-done:
+        kld_print(in, s, results, kld_n_results(params));
     memory_free(results);
+    return code;
+}
+
+static int kld_run(const void *settings, const cli_list *arguments)
+{
+    const kld_settings *s = settings;
+    eval_input in = {0};
+    journal *kept = NULL;
+    json_t *envelope = NULL;
+    kld_params params = {0};
+    int code = set_task(&params, s);
+    if (!code) code = eval_input_open(&in, &s->model, &s->eval, &s->output, arguments, &command_eval_kld);
+    if (!code && (s->output.json || s->journal) &&
+        !(envelope = eval_json_envelope(&in, &command_eval_kld, s, arguments, &s->model, params.haystacks ? s->seed : -1,
+                                        json_parameters(&in, s))))
+        code = CLI_FAILED;
+    if (!code) code = eval_journal_open(&kept, s->journal, envelope);
+    params.attn = (const char *const *)in.policies.specs;
+    params.n_attn = in.policies.n;
+    params.texts = in.texts;
+    params.n_texts = in.n_texts;
+    params.depth = s->depth;
+    params.n_steps = s->n_steps;
+    params.needles = (int)s->needles;
+    params.seed = (uint64_t)s->seed;
+    params.audit = s->audit;
+    params.n_batch = (int)s->eval.n_batch;
+    params.journal = kept;
+    if (!code) code = kld_measure_print(&in, s, &params, envelope);
+    journal_close(kept);
+    json_decref(envelope);
     eval_input_close(&in);
     return code;
 }
@@ -90,7 +200,8 @@ const cli_command command_eval_kld = {
     "[options] -f FILE...",
     "measure how far a policy's predictions are from full attention's",
     "Reads part of a text with full attention, then feeds the tokens that follow one by one under each policy and compares the "
-    "distributions of the next token with those of full attention. rows and bytes: K|V rows, and bytes of rows and index, read per token, "
+    "distributions of the next token with those of full attention. rows and bytes: K|V rows, and bytes of rows, index, tables and tail, "
+    "read per token, "
     "relative to full.",
     kld_groups,
     sizeof(kld_settings),

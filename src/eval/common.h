@@ -30,6 +30,28 @@ quarry_code eval_check_length(const quarry_model *model, int64_t n_tokens, const
 /* "full" and then attn[n_attn], in a new array (memory_free); the strings stay the caller's. */
 const char **eval_policies(const char *const *attn, int n_attn, quarry_error *error);
 
+/* ---- question.c ---- */
+
+/* Texts as haystacks of one model; open, then close also after a failure. */
+typedef struct haystack_source {
+    const quarry_model *model;
+    const eval_text *texts; /* [n_texts] */
+    int n_texts;
+    bool **starts; /* [n_texts][n_tokens] where a sentence begins */
+} haystack_source;
+quarry_code haystack_source_open(haystack_source *s, const quarry_model *model, const eval_text *texts, int n_texts, quarry_error *error);
+void haystack_source_close(haystack_source *s);
+/* Draws where in the text the haystack begins and fills tokens[n_tokens] with it; before[] lies in front of the text and counts. Sets needles' `at`
+ * relative to the text. */
+quarry_code haystack_draw(const haystack_source *s, int text_index, needle *needles, int n_needles, const token_list *before,
+                          random_state *random, int32_t *tokens, int64_t n_tokens, quarry_error *error);
+/* The chat template around a text and the question about a needle: before[] precedes the text, question[] follows it. */
+quarry_code question_encode(const quarry_model *model, const needle *s, token_list *before, token_list *question, quarry_error *error);
+/* The right answer, as a sentence that ends with the number, whose tokens begin at *first_digit. */
+quarry_code answer_encode(const quarry_model *model, const needle *s, token_list *answer, int64_t *first_digit, quarry_error *error);
+
+/* ---- common.c ---- */
+
 /* Sums over the sessions of one policy. */
 typedef struct reading_sum {
     attn_cost cost;

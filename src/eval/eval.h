@@ -74,26 +74,58 @@ typedef struct eval_reading {
 
 /* ---- kld.c: distance of next-token distributions from those of full attention, teacher-forced ---- */
 
+typedef enum kld_task {
+    KLD_PROSE,  /* the text that follows what was read */
+    KLD_NEEDLE, /* the digits of the right answer to a question about a needle */
+    KLD_TASKS
+} kld_task;
+
+extern const char *const kld_task_names[KLD_TASKS]; /* "prose", "needle" */
+
 typedef struct kld_params {
     const char *const *attn; /* [n_attn] policies to compare with "full" */
     int n_attn;
     const eval_text *texts; /* [n_texts] */
     int n_texts;
     int64_t depth;   /* tokens read dense before */
-    int64_t n_steps; /* tokens teacher-forced one by one */
-    int samples;     /* in turn from each text, spread over it */
+    int64_t n_steps; /* prose: tokens teacher-forced one by one */
+    int samples;     /* prose: places, in turn from each text, spread over it; 0: no prose */
+    int haystacks;   /* needle: documents, in turn from each text; 0: no needles */
+    int needles;     /* needle: in each document; every one is asked for */
+    uint64_t seed;   /* needle: of places, keys and numbers */
+    bool audit;      /* compare what was read with exact scores: costs a full read per step */
     int n_batch;
+    journal *journal; /* of finished samples; may be NULL */
 } kld_params;
+
+/* A mean over steps that lie together in samples; samples are places (prose) or questions (needle). */
+typedef struct kld_summary {
+    metric_summary steps;
+    double clustered_error; /* standard error from the means of the samples; NAN for fewer than KLD_CLUSTERS */
+} kld_summary;
+
+enum { KLD_CLUSTERS = 5 };
 
 typedef struct kld_result {
     const char *attn;
-    metric_summary kld; /* KLD(full || policy), nats, over samples * n_steps distributions */
-    double agreement;   /* share of steps whose most likely token is that of full */
-    double perplexity;  /* of the text */
+    kld_task task;
+    int64_t n_samples;
+    kld_summary kld;   /* KLD(full || policy), nats */
+    kld_summary dnll;  /* negative log likelihood of the next token: policy's less full's, nats */
+    double agreement;  /* share of steps whose most likely token is that of full */
+    double perplexity; /* of the tokens */
+    double mass;       /* audit: share of full's attention mass on rows that were read, mean over steps, layers and heads; else NAN */
+    double
+        recall; /* audit: share of the selected that are among the as many far tokens of largest score, mean over the same; NAN if nothing was selected */
+    int64_t full_correct, correct, kept; /* needle: samples with every digit likeliest; kept by the policy, of those of full */
+    double kept_low, kept_high;          /* 95 % interval of kept / full_correct */
     eval_reading reading;
 } kld_result;
 
-/* results[1 + n_attn]: "full" first. Errors: ARGUMENT (text too short, unknown policy), CONTEXT (deeper than the model was trained for), CANCELLED. */
+/* How many results kld_measure fills: for each task asked for, "full" and n_attn policies. */
+int kld_n_results(const kld_params *params);
+/* results[kld_n_results]: prose first. Errors: ARGUMENT (text too short, unknown policy), CONTEXT (deeper than the model was trained for), UNSUPPORTED (needles,
+ * but no known chat template), FORMAT (a record of the journal), CANCELLED. */
 quarry_code kld_measure(quarry_model *model, const kld_params *params, const quarry_watch *watch, kld_result *results, quarry_error *error);
 
 /* ---- haystack.c: a text with needles in it ---- */
@@ -113,6 +145,8 @@ void needle_draw(needle *needles, int n, random_state *random);
 int needle_sentence(const needle *s, char *out, size_t capacity);
 /* The question about it, as it follows the text. */
 int needle_question(const needle *s, char *out, size_t capacity);
+/* The beginning of a right answer, up to the number. */
+int needle_answer_sentence(const needle *s, char *out, size_t capacity);
 /* True if an answer contains the number, digits grouped by commas or not. */
 bool needle_answered(const needle *s, const char *answer, size_t n_bytes);
 

@@ -45,6 +45,11 @@ int needle_question(const needle *s, char *out, size_t capacity)
     return snprintf(out, capacity, "\n\nWhat is the special magic number for %s mentioned in the provided text?", s->key);
 }
 
+int needle_answer_sentence(const needle *s, char *out, size_t capacity)
+{
+    return snprintf(out, capacity, "The special magic number for %s mentioned in the provided text is %s", s->key, s->number);
+}
+
 static bool is_digit(char c)
 {
     return c >= '0' && c <= '9';

@@ -1,14 +1,9 @@
-#include "eval/common.h"
+#include "eval/kld.h"
 
-#include <math.h>
+#include <stdio.h>
+#include <string.h>
 
-/* What is measured of one policy while its steps go by. */
-typedef struct kld_tally {
-    series kld;
-    reading_sum reading;
-    int64_t agreed, steps;
-    double log_likelihood;
-} kld_tally;
+enum { ANSWER_STEPS = 16, NEEDLE_COST = 64 }; /* most steps of a number; what a question counts in the progress, in tokens */
 
 typedef struct kld_run {
     quarry_model *model;
@@ -16,15 +11,94 @@ typedef struct kld_run {
     const char **specs; /* [n_policies], "full" first */
     int n_policies;
     int64_t n_vocab;
-    kld_tally *tallies; /* [n_policies] */
-    int32_t *document;  /* [depth] */
+    kld_tally *tallies[KLD_TASKS]; /* [n_policies] */
+    haystack_source source;        /* needle */
+    int32_t *document;             /* [depth] */
     int32_t bos;
-    int n_bos;             /* 1 if the model wants its BOS in front, else 0 */
-    float *reference;      /* [n_steps][n_vocab] logits of full */
-    float *logits;         /* [n_vocab] */
-    double *log_p, *log_q; /* [n_vocab] */
+    int n_bos;        /* 1 if the model wants its BOS in front, else 0 */
+    int64_t capacity; /* steps of a sample, at most */
+    float *reference; /* [capacity][n_vocab] logits of full */
+    float *logits;    /* [n_vocab] */
+    double *log_p;    /* [n_vocab], and so log_q */
+    double *log_q;
+    kld_steps steps; /* of one policy */
+    audit audit;
     eval_watch watch;
 } kld_run;
+
+/* Tokens to follow after a document: prefix[n_prefix] in one piece, then tokens[0 … n-1] one by one, after which tokens[1 … n] are right. */
+typedef struct kld_path {
+    const int32_t *prefix;
+    int64_t n_prefix;
+    const int32_t *tokens;
+    int64_t n;
+} kld_path;
+
+/* ---- one policy along one path ---- */
+
+static void kld_step(kld_run *r, int64_t i, const float *logits, int32_t target)
+{
+    const float *reference = r->reference + i * r->n_vocab;
+    const int32_t likeliest = metric_argmax(logits, r->n_vocab);
+    metric_log_softmax(reference, r->n_vocab, r->log_p);
+    metric_log_softmax(logits, r->n_vocab, r->log_q);
+    r->steps.kld[i] = metric_kld(r->log_p, r->log_q, r->n_vocab);
+    r->steps.nll[i] = -r->log_q[target];
+    r->steps.agreed += metric_argmax(reference, r->n_vocab) == likeliest;
+    r->steps.correct = r->steps.correct && likeliest == target;
+}
+
+static quarry_code kld_follow(kld_run *r, const quarry_session *read, int policy, const kld_path *path, quarry_error *error)
+{
+    const bool audited = r->params->audit && policy > 0;
+    quarry_code code = QUARRY_OK;
+    quarry_session *session = session_fork_policy(read, policy, error);
+    if (!session) return eval_failed(error);
+    r->steps = (kld_steps){.n = path->n, .kld = r->steps.kld, .nll = r->steps.nll, .correct = true};
+    if (path->n_prefix > 0) code = (quarry_code)quarry_session_feed(session, path->prefix, path->n_prefix, NULL, error);
+    const attn_cost before = session_cost(session);
+    if (audited) {
+        audit_clear(&r->audit);
+        session_set_observer(session, &r->audit.observer);
+    }
+    for (int64_t i = 0; i < path->n && code == QUARRY_OK; i++) {
+        float *logits = policy == 0 ? r->reference + i * r->n_vocab : r->logits;
+        if ((code = eval_watch_ask(&r->watch, error)) != QUARRY_OK) break;
+        if ((code = session_feed_logits(session, &path->tokens[i], 1, logits, error)) != QUARRY_OK) break;
+        kld_step(r, i, logits, path->tokens[i + 1]);
+    }
+    const attn_cost after = session_cost(session);
+    r->steps.cost = (attn_cost){after.index_bytes - before.index_bytes, after.table_bytes - before.table_bytes,
+                                after.tail_bytes - before.tail_bytes, after.rows - before.rows};
+    if (audited && code == QUARRY_OK) code = audit_total(&r->audit, &r->steps.audit, error);
+    quarry_session_close(session);
+    return code;
+}
+
+/* Every policy along one path: one more array in samples. */
+static quarry_code kld_follow_all(kld_run *r, const quarry_session *read, const kld_path *path, int64_t progress, json_t *samples,
+                                  quarry_error *error)
+{
+    quarry_code code = QUARRY_OK;
+    json_t *policies = json_array();
+    if (json_array_append_new(samples, policies)) return error_memory(error, "journal record", 0);
+    for (int i = 0; i < r->n_policies && code == QUARRY_OK; i++) {
+        if ((code = kld_follow(r, read, i, path, error)) != QUARRY_OK) break;
+        if (json_array_append_new(policies, kld_steps_json(&r->steps))) code = error_memory(error, "journal record", 0);
+        r->watch.done += progress;
+    }
+    return code;
+}
+
+/* *session has read the document. */
+static quarry_code kld_read(kld_run *r, quarry_session **session, quarry_error *error)
+{
+    const quarry_session_params session_params = {.n_batch = r->params->n_batch};
+    *session = session_open_policies(r->model, &session_params, r->specs, r->n_policies, error);
+    return *session ? eval_read(*session, r->document, r->params->depth, &r->watch, error) : eval_failed(error);
+}
+
+/* ---- a document and all that is asked after it ---- */
 
 /* Where sample i of a text begins: the samples of each text lie evenly over it. */
 static const int32_t *sample_tokens(const kld_params *p, int i)
@@ -35,88 +109,165 @@ static const int32_t *sample_tokens(const kld_params *p, int i)
     return text->tokens + (of_text > 1 ? spare * in_text / (of_text - 1) : 0);
 }
 
-static quarry_code kld_step(kld_run *r, kld_tally *t, const float *reference, const float *logits, int32_t target, quarry_error *error)
+/* samples[] of the record receives what every policy did. */
+static quarry_code prose_sample(kld_run *r, int i, json_t *samples, quarry_error *error)
 {
-    metric_log_softmax(reference, r->n_vocab, r->log_p);
-    metric_log_softmax(logits, r->n_vocab, r->log_q);
-    t->agreed += metric_argmax(reference, r->n_vocab) == metric_argmax(logits, r->n_vocab);
-    t->log_likelihood += r->log_q[target];
-    t->steps++;
-    return series_push(&t->kld, metric_kld(r->log_p, r->log_q, r->n_vocab), error);
-}
-
-/* tokens[n_steps + 1] one by one under one policy; those of full (policy 0) become the reference. */
-static quarry_code kld_policy(kld_run *r, const quarry_session *read, int policy, const int32_t *tokens, quarry_error *error)
-{
-    const int64_t n = r->params->n_steps;
-    quarry_code code = QUARRY_OK;
-    quarry_session *session = session_fork_policy(read, policy, error);
-    if (!session) return eval_failed(error);
-    for (int64_t i = 0; i < n; i++) {
-        float *reference = r->reference + i * r->n_vocab, *logits = policy == 0 ? reference : r->logits;
-        if ((code = eval_watch_ask(&r->watch, error)) != QUARRY_OK) goto done;
-        if ((code = session_feed_logits(session, &tokens[i], 1, logits, error)) != QUARRY_OK) goto done;
-        if ((code = kld_step(r, &r->tallies[policy], reference, logits, tokens[i + 1], error)) != QUARRY_OK) goto done;
-    }
-    reading_add(&r->tallies[policy].reading, session, n);
-done:
+    const kld_params *p = r->params;
+    const int32_t *tokens = sample_tokens(p, i);
+    const kld_path path = {.tokens = tokens + p->depth, .n = p->n_steps};
+    memcpy(r->document, tokens, (size_t)p->depth * sizeof *tokens);
+    if (r->n_bos) r->document[0] = r->bos; /* in the place of the first token, so that the depth is as stated */
+    quarry_session *session;
+    quarry_code code = kld_read(r, &session, error);
+    if (code == QUARRY_OK) code = kld_follow_all(r, session, &path, p->n_steps, samples, error);
     quarry_session_close(session);
     return code;
 }
 
-static quarry_code kld_sample(kld_run *r, int i, quarry_error *error)
+/* The question about one needle and the right answer to it, whose digits are the steps. */
+static quarry_code needle_ask(kld_run *r, const quarry_session *read, const needle *s, json_t *samples, quarry_error *error)
+{
+    token_list before = {0}, fed = {0}, answer = {0};
+    int64_t first_digit = 0;
+    quarry_code code = question_encode(r->model, s, &before, &fed, error);
+    if (code == QUARRY_OK) code = answer_encode(r->model, s, &answer, &first_digit, error);
+    for (int64_t i = 0; code == QUARRY_OK && i < answer.n; i++) code = token_list_push(&fed, answer.ids[i], error);
+    if (code != QUARRY_OK) goto done;
+    const int64_t n = answer.n - first_digit; /* the token in front of the first digit is the first that is fed alone */
+    if (n > ANSWER_STEPS || first_digit < 1) {
+        code = error_set(error, QUARRY_ERROR_UNSUPPORTED, "the tokenizer needs %lld tokens for a number of %d digits", (long long)n,
+                         NEEDLE_DIGITS);
+        goto done;
+    }
+    const kld_path path = {.prefix = fed.ids, .n_prefix = fed.n - n - 1, .tokens = fed.ids + fed.n - n - 1, .n = n};
+    code = kld_follow_all(r, read, &path, NEEDLE_COST, samples, error);
+done:
+    token_list_free(&before);
+    token_list_free(&fed);
+    token_list_free(&answer);
+    return code;
+}
+
+static quarry_code needle_sample(kld_run *r, int i, json_t *samples, quarry_error *error)
 {
     const kld_params *p = r->params;
-    const int32_t *tokens = sample_tokens(p, i);
-    const quarry_session_params session_params = {.n_batch = p->n_batch};
-    quarry_session *session = session_open_policies(r->model, &session_params, r->specs, r->n_policies, error);
-    if (!session) return eval_failed(error);
-    for (int64_t t = 0; t < p->depth; t++) r->document[t] = tokens[t];
-    if (r->n_bos) r->document[0] = r->bos; /* in the place of the first token, so that the depth is as stated */
-    quarry_code code = eval_read(session, r->document, p->depth, &r->watch, error);
-    for (int policy = 0; policy < r->n_policies && code == QUARRY_OK; policy++)
-        code = kld_policy(r, session, policy, tokens + p->depth, error);
+    needle needles[NEEDLE_MAX];
+    token_list before = {0}, question = {0};
+    random_state random;
+    quarry_session *session = NULL;
+    random_seed(&random,
+                p->seed ^ (UINT64_C(0x9e3779b97f4a7c15) * (uint64_t)(i + 1))); /* apart, so that a haystack does not depend on others */
+    needle_draw(needles, p->needles, &random);
+    quarry_code code = question_encode(r->model, &needles[0], &before, &question, error);
+    if (code == QUARRY_OK)
+        code = haystack_draw(&r->source, i % p->n_texts, needles, p->needles, &before, &random, r->document, p->depth, error);
+    if (code == QUARRY_OK) code = kld_read(r, &session, error);
+    for (int s = 0; s < p->needles && code == QUARRY_OK; s++) code = needle_ask(r, session, &needles[s], samples, error);
     quarry_session_close(session);
+    token_list_free(&before);
+    token_list_free(&question);
+    return code;
+}
+
+/* ---- all samples ---- */
+
+static int n_samples(const kld_params *p, kld_task task)
+{
+    return task == KLD_PROSE ? p->samples : p->haystacks;
+}
+
+static int64_t sample_cost(const kld_run *r, kld_task task)
+{
+    const kld_params *p = r->params;
+    return p->depth + r->n_policies * (task == KLD_PROSE ? p->n_steps : (int64_t)p->needles * NEEDLE_COST);
+}
+
+static void sample_key(kld_task task, int i, char out[32])
+{
+    snprintf(out, 32, "%s %d", kld_task_names[task], i);
+}
+
+/* One sample from the journal, or measured and written to it; then added to the tallies. */
+static quarry_code kld_sample(kld_run *r, kld_task task, int i, quarry_error *error)
+{
+    char key[32];
+    quarry_code code = QUARRY_OK;
+    const json_t *policies;
+    size_t at;
+    sample_key(task, i, key);
+    json_t *samples = json_incref(json_object_get(journal_find(r->params->journal, key), "samples"));
+    if (!journal_find(r->params->journal, key)) {
+        if (!(samples = json_array())) return error_memory(error, "journal record", 0);
+        code = (task == KLD_PROSE ? prose_sample : needle_sample)(r, i, samples, error);
+        if (code == QUARRY_OK) code = journal_add(r->params->journal, key, json_pack("{s:O}", "samples", samples), error);
+    }
+    if (code == QUARRY_OK && json_array_size(samples) != (size_t)(task == KLD_PROSE ? 1 : r->params->needles))
+        code = error_set(error, QUARRY_ERROR_FORMAT, "the journal's record '%s' is not one of eval kld; remove the journal", key);
+    json_array_foreach(samples, at, policies) if (code == QUARRY_OK) code = kld_tally_add(r->tallies[task], r->n_policies, policies, error);
+    json_decref(samples);
     return code;
 }
 
 static quarry_code kld_check(const quarry_model *model, const kld_params *p, quarry_error *error)
 {
-    if (p->depth < 1 || p->n_steps < 1 || p->samples < 1 || p->n_texts < 1)
+    if (p->depth < 1 || p->n_steps < (p->samples > 0) || p->samples < 0 || p->haystacks < 0 || p->samples + p->haystacks < 1 ||
+        p->n_texts < 1)
         return error_set(error, QUARRY_ERROR_ARGUMENT, "depth, steps, samples and texts must be at least 1");
-    for (int i = 0; i < p->n_texts; i++)
+    if (p->haystacks > 0 && (p->needles < 1 || p->needles > NEEDLE_MAX))
+        return error_set(error, QUARRY_ERROR_ARGUMENT, "--needles: %d, should be 1 to %d", p->needles, NEEDLE_MAX);
+    for (int i = 0; i < p->n_texts && p->samples > 0; i++)
         if (p->texts[i].n_tokens < p->depth + p->n_steps + 1)
             return error_set(error, QUARRY_ERROR_ARGUMENT, "%s: has %lld tokens, but a depth of %lld and %lld steps need %lld",
                              p->texts[i].name, (long long)p->texts[i].n_tokens, (long long)p->depth, (long long)p->n_steps,
                              (long long)(p->depth + p->n_steps + 1));
-    return eval_check_length(model, p->depth + p->n_steps, "depth and steps", error);
+    const quarry_code code = eval_check_length(model, p->depth + (p->samples > 0 ? p->n_steps : 0), "depth and steps", error);
+    if (code != QUARRY_OK || p->haystacks == 0) return code;
+    return eval_check_length(model, p->depth + NEEDLE_COST, "haystack and question", error);
 }
 
 static quarry_code kld_alloc(kld_run *r, quarry_error *error)
 {
+    const kld_params *p = r->params;
     const size_t n_vocab = (size_t)r->n_vocab;
     size_t n_reference;
-    if (!size_multiply((size_t)r->params->n_steps, n_vocab, &n_reference)) return error_memory(error, "reference logits", SIZE_MAX);
-    if (!(r->specs = eval_policies(r->params->attn, r->params->n_attn, error))) return QUARRY_ERROR_MEMORY;
-    if (!(r->tallies = memory_zero((size_t)r->n_policies, sizeof *r->tallies, "tallies", error))) return QUARRY_ERROR_MEMORY;
-    if (!(r->document = memory_alloc((size_t)r->params->depth, sizeof *r->document, "document", error))) return QUARRY_ERROR_MEMORY;
+    quarry_code code;
+    r->capacity = p->haystacks > 0 && p->n_steps < ANSWER_STEPS ? ANSWER_STEPS : p->n_steps;
+    const size_t n = (size_t)r->capacity;
+    if (!size_multiply(n, n_vocab, &n_reference)) return error_memory(error, "reference logits", SIZE_MAX);
+    if (!(r->specs = eval_policies(p->attn, p->n_attn, error))) return QUARRY_ERROR_MEMORY;
+    for (int i = 0; i < KLD_TASKS; i++)
+        if (!(r->tallies[i] = memory_zero((size_t)r->n_policies, sizeof **r->tallies, "tallies", error))) return QUARRY_ERROR_MEMORY;
+    if (!(r->document = memory_alloc((size_t)p->depth, sizeof *r->document, "document", error))) return QUARRY_ERROR_MEMORY;
     if (!(r->reference = memory_alloc(n_reference, sizeof *r->reference, "reference logits", error))) return QUARRY_ERROR_MEMORY;
     if (!(r->logits = memory_alloc(n_vocab, sizeof *r->logits, "logits", error))) return QUARRY_ERROR_MEMORY;
-    if (!(r->log_p = memory_alloc(n_vocab, sizeof *r->log_p, "probabilities", error))) return QUARRY_ERROR_MEMORY;
-    if (!(r->log_q = memory_alloc(n_vocab, sizeof *r->log_q, "probabilities", error))) return QUARRY_ERROR_MEMORY;
+    if (!(r->log_p = memory_alloc(2 * n_vocab, sizeof *r->log_p, "probabilities", error))) return QUARRY_ERROR_MEMORY;
+    if (!(r->steps.kld = memory_alloc(2 * n, sizeof *r->steps.kld, "steps", error))) return QUARRY_ERROR_MEMORY;
+    r->log_q = r->log_p + n_vocab;
+    r->steps.nll = r->steps.kld + n;
+    if ((code = audit_open(&r->audit, r->model, error)) != QUARRY_OK) return code;
+    if (p->haystacks > 0 && (code = haystack_source_open(&r->source, r->model, p->texts, p->n_texts, error)) != QUARRY_OK) return code;
     return eval_bos(r->model, &r->bos, &r->n_bos, error);
 }
 
 static void kld_free(kld_run *r)
 {
-    for (int i = 0; r->tallies && i < r->n_policies; i++) series_free(&r->tallies[i].kld);
+    for (int task = 0; task < KLD_TASKS; task++) {
+        for (int i = 0; r->tallies[task] && i < r->n_policies; i++) kld_tally_free(&r->tallies[task][i]);
+        memory_free(r->tallies[task]);
+    }
+    haystack_source_close(&r->source);
+    audit_close(&r->audit);
     memory_free(r->specs);
-    memory_free(r->tallies);
     memory_free(r->document);
     memory_free(r->reference);
     memory_free(r->logits);
     memory_free(r->log_p);
-    memory_free(r->log_q);
+    memory_free(r->steps.kld);
+}
+
+int kld_n_results(const kld_params *p)
+{
+    return ((p->samples > 0) + (p->haystacks > 0)) * (1 + p->n_attn);
 }
 
 quarry_code kld_measure(quarry_model *model, const kld_params *params, const quarry_watch *watch, kld_result *results, quarry_error *error)
@@ -125,20 +276,25 @@ quarry_code kld_measure(quarry_model *model, const kld_params *params, const qua
                  .params = params,
                  .n_policies = params->n_attn + 1,
                  .n_vocab = model_shape_of(model)->n_vocab,
-                 .watch = {watch, 0, params->samples * params->depth}};
+                 .watch = {.outer = watch}};
     quarry_code code = kld_check(model, params, error);
     if (code != QUARRY_OK) return code;
     if ((code = kld_alloc(&r, error)) != QUARRY_OK) goto done;
-    for (int i = 0; i < params->samples; i++)
-        if ((code = kld_sample(&r, i, error)) != QUARRY_OK) goto done;
-    for (int i = 0; i < r.n_policies; i++) {
-        kld_tally *t = &r.tallies[i];
-        results[i] = (kld_result){.attn = i ? params->attn[i - 1] : "full",
-                                  .agreement = (double)t->agreed / (double)t->steps,
-                                  .perplexity = exp(-t->log_likelihood / (double)t->steps)};
-        series_summarise(&t->kld, &results[i].kld);
-        reading_relate(&t->reading, &r.tallies[0].reading, model, &results[i].reading);
-    }
+    for (kld_task task = 0; task < KLD_TASKS; task++)
+        for (int i = 0; i < n_samples(params, task); i++) {
+            char key[32];
+            sample_key(task, i, key);
+            if (!journal_find(params->journal, key)) r.watch.total += sample_cost(&r, task);
+        }
+    for (kld_task task = 0; task < KLD_TASKS; task++)
+        for (int i = 0; i < n_samples(params, task); i++)
+            if ((code = kld_sample(&r, task, i, error)) != QUARRY_OK) goto done;
+    for (kld_task task = 0; task < KLD_TASKS; task++)
+        for (int i = 0; i < r.n_policies && n_samples(params, task) > 0; i++) {
+            *results = (kld_result){.attn = r.specs[i], .task = task};
+            kld_tally_finish(&r.tallies[task][i], &r.tallies[task][0], model, results);
+            results++;
+        }
 done:
     kld_free(&r);
     return code;

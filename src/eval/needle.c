@@ -2,7 +2,7 @@
 
 #include <string.h>
 
-enum { SENTENCE_BYTES = 160, QUESTION_TOKENS = 64 };
+enum { QUESTION_TOKENS = 64 };
 
 typedef struct needle_tally {
     series kld;
@@ -17,7 +17,7 @@ typedef struct needle_run {
     int n_policies;
     int64_t n_vocab, asked, full_correct;
     needle_tally *tallies; /* [n_policies] */
-    bool **starts;         /* [n_texts][n_tokens] where a sentence begins */
+    haystack_source source;
     float *reference;      /* [n_answer][n_vocab] logits of full along its answer */
     double *log_p, *log_q; /* [n_vocab] */
     eval_watch watch;
@@ -37,11 +37,6 @@ typedef struct needle_case {
     token_list answer; /* of full, its end included */
     bool full_correct;
 } needle_case;
-
-static const char *token_text(const void *data, int32_t token, size_t *n_bytes)
-{
-    return tokenizer_token_bytes(data, token, n_bytes);
-}
 
 /* Greedy answer of a session that was fed the question; reference[n_answer][n_vocab], if not NULL, receives the logits each token was chosen from. */
 static quarry_code answer_greedy(needle_run *r, quarry_session *session, token_list *answer, float *reference, quarry_error *error)
@@ -166,53 +161,6 @@ done:
     return code;
 }
 
-/* The chat template around a text and a question, as tokens: before[] precedes the text. */
-static quarry_code question_encode(const needle_run *r, const needle *s, token_list *before, token_list *question, quarry_error *error)
-{
-    char text[SENTENCE_BYTES];
-    const int n_bytes = needle_question(s, text, sizeof text);
-    const chat_part parts[2] = {{"", 0}, {text, (size_t)n_bytes}};
-    const chat_message message = {"user", parts, 2};
-    token_list all = {0};
-    int64_t split;
-    const chat_template *chat = model_chat(r->model, error);
-    if (!chat) return eval_failed(error);
-    quarry_code code =
-        chat_encode(chat, model_tokenizer(r->model), model_chat_text(r->model), &message, 1, true, true, &all, &split, error);
-    before->n = question->n = 0;
-    for (int64_t i = 0; i < all.n && code == QUARRY_OK; i++) code = token_list_push(i < split ? before : question, all.ids[i], error);
-    token_list_free(&all);
-    return code;
-}
-
-/* Draws where the haystack begins and fills tokens[n_tokens] with it; before[] lies in front of the text and counts. */
-static quarry_code haystack_draw(needle_run *r, int text_index, needle *needles, const token_list *before, int32_t *tokens,
-                                 int64_t n_tokens, quarry_error *error)
-{
-    const eval_text *text = &r->params->texts[text_index];
-    const bool *starts = r->starts[text_index];
-    const int n = r->params->needles;
-    token_list sentences[NEEDLE_MAX] = {{0}};
-    quarry_code code = QUARRY_OK;
-    for (int i = 0; i < n; i++) {
-        char sentence[SENTENCE_BYTES];
-        const int n_bytes = needle_sentence(&needles[i], sentence, sizeof sentence);
-        code = tokenizer_encode(model_tokenizer(r->model), sentence, (size_t)n_bytes, TOKENIZE_PLAIN, &sentences[i], error);
-        if (code != QUARRY_OK) goto done;
-    }
-    const int64_t spare = text->n_tokens - n_tokens;
-    int64_t first = spare > 0 ? (int64_t)random_below(&r->random, (uint64_t)spare) : 0;
-    while (first > 0 && first < spare && !starts[first]) first++;
-    for (int64_t i = 0; i < before->n && i < n_tokens; i++) tokens[i] = before->ids[i];
-    if (before->n >= n_tokens ||
-        !haystack_build(text->tokens, starts, text->n_tokens, first, needles, sentences, n, tokens + before->n, n_tokens - before->n))
-        code = error_set(error, QUARRY_ERROR_ARGUMENT, "%s: %lld tokens are not enough for %d needles in %lld", text->name,
-                         (long long)text->n_tokens, n, (long long)n_tokens);
-done:
-    for (int i = 0; i < n; i++) token_list_free(&sentences[i]);
-    return code;
-}
-
 /* One haystack: read once, then every needle asked for under every policy. */
 static quarry_code haystack_run(needle_run *r, int text_index, int64_t n_tokens, quarry_error *error)
 {
@@ -225,8 +173,10 @@ static quarry_code haystack_run(needle_run *r, int text_index, int64_t n_tokens,
     int32_t *tokens = memory_alloc((size_t)n_tokens, sizeof *tokens, "haystack", error);
     if (!tokens) return QUARRY_ERROR_MEMORY;
     needle_draw(needles, r->params->needles, &r->random);
-    if ((code = question_encode(r, &needles[0], &before, &question, error)) != QUARRY_OK) goto done;
-    if ((code = haystack_draw(r, text_index, needles, &before, tokens, n_tokens, error)) != QUARRY_OK) goto done;
+    if ((code = question_encode(r->model, &needles[0], &before, &question, error)) != QUARRY_OK) goto done;
+    if ((code = haystack_draw(&r->source, text_index, needles, r->params->needles, &before, &r->random, tokens, n_tokens, error)) !=
+        QUARRY_OK)
+        goto done;
     if (!(session = session_open_policies(r->model, &session_params, r->specs, r->n_policies, error))) {
         code = eval_failed(error);
         goto done;
@@ -237,7 +187,7 @@ static quarry_code haystack_run(needle_run *r, int text_index, int64_t n_tokens,
     c.question = &question;
     for (int i = 0; i < r->params->needles; i++) {
         c.needle = &needles[i];
-        if ((code = question_encode(r, c.needle, &before, &question, error)) != QUARRY_OK) goto done;
+        if ((code = question_encode(r->model, c.needle, &before, &question, error)) != QUARRY_OK) goto done;
         for (int policy = 0; policy < r->n_policies; policy++) {
             if ((code = eval_watch_ask(&r->watch, error)) != QUARRY_OK) goto done;
             if ((code = needle_ask(r, &c, policy, error)) != QUARRY_OK) goto done;
@@ -272,12 +222,8 @@ static quarry_code needle_alloc(needle_run *r, quarry_error *error)
     const size_t n_vocab = (size_t)r->n_vocab;
     if (!(r->specs = eval_policies(p->attn, p->n_attn, error))) return QUARRY_ERROR_MEMORY;
     if (!(r->tallies = memory_zero((size_t)r->n_policies, sizeof *r->tallies, "tallies", error))) return QUARRY_ERROR_MEMORY;
-    if (!(r->starts = memory_zero((size_t)p->n_texts, sizeof *r->starts, "sentences", error))) return QUARRY_ERROR_MEMORY;
-    for (int i = 0; i < p->n_texts; i++) {
-        const eval_text *text = &p->texts[i];
-        if (!(r->starts[i] = memory_alloc((size_t)text->n_tokens, sizeof **r->starts, "sentences", error))) return QUARRY_ERROR_MEMORY;
-        sentence_starts(text->tokens, text->n_tokens, token_text, model_tokenizer(r->model), r->starts[i]);
-    }
+    const quarry_code code = haystack_source_open(&r->source, r->model, p->texts, p->n_texts, error);
+    if (code != QUARRY_OK) return code;
     if (!(r->reference = memory_alloc((size_t)p->n_answer, n_vocab * sizeof *r->reference, "reference logits", error)))
         return QUARRY_ERROR_MEMORY;
     if (!(r->log_p = memory_alloc(n_vocab, sizeof *r->log_p, "probabilities", error))) return QUARRY_ERROR_MEMORY;
@@ -288,10 +234,9 @@ static quarry_code needle_alloc(needle_run *r, quarry_error *error)
 static void needle_free(needle_run *r)
 {
     for (int i = 0; r->tallies && i < r->n_policies; i++) series_free(&r->tallies[i].kld);
-    for (int i = 0; r->starts && i < r->params->n_texts; i++) memory_free(r->starts[i]);
     memory_free(r->specs);
     memory_free(r->tallies);
-    memory_free(r->starts);
+    haystack_source_close(&r->source);
     memory_free(r->reference);
     memory_free(r->log_p);
     memory_free(r->log_q);
