@@ -278,25 +278,84 @@ static void int8_products_equal_scalar(void **state)
             }
 }
 
-static void clusters_without_tokens_weigh_nothing(void **state)
+/* Products of 4-bit rows are integers: every table gives the same steps, and those of the sum written out. */
+static void four_bit_rows_give_the_same_steps_everywhere(void **state)
 {
     (void)state;
-    enum { N = 37 };
+    const int dims[] = {8, 24, 64, 72, 80, 96, 128, 256};
+    enum { ROWS = 61, MOST = 9 };
     random_state r;
     random_seed(&r, 13);
-    float *e = normals(&r, N), left[N], got[N];
-    for (int i = 0; i < N; i++) left[i] = (float)(i % 4);
-    for (int n = 0; n <= N; n++) {
-        double want = 0;
-        for (int i = 0; i < n; i++) want += 0.25 * (double)e[i] * left[i];
+    for (size_t i = 0; i < TEST_COUNT(dims); i++)
+        for (int g = 1; g <= MOST; g += 1 + (g > 4))
+            for (int64_t n = 0; n <= ROWS; n += n < 6 ? 1 : 11) {
+                const int d = dims[i];
+                uint8_t *x = bytes(&r, (size_t)(ROWS * d / 2)), *q_bytes = bytes(&r, (size_t)(g * d));
+                int8_t *q = (int8_t *)q_bytes;
+                float *scale = normals(&r, ROWS), factor[MOST], bias[MOST];
+                int32_t at[ROWS];
+                uint16_t want[MOST * ROWS], got[MOST * (ROWS + 3)], top[MOST], want_top[MOST];
+                for (int j = 0; j < g * d; j++) q[j] = q[j] == -128 ? 0 : q[j];
+                for (int h = 0; h < g; h++) {
+                    factor[h] = h == 1 ? 100 : 0.05f; /* of head 1 many steps are cut off */
+                    bias[h] = 2000;
+                    want_top[h] = h == 2 ? 60000 : 0;
+                }
+                for (int t = 0; t < ROWS; t++) at[t] = (int32_t)random_below(&r, ROWS);
+                for (int64_t t = 0; t < n; t++)
+                    for (int h = 0; h < g; h++) {
+                        int32_t sum = 0;
+                        for (int j = 0; j < d; j++) {
+                            int byte = x[at[t] * d / 2 + j % (d / 2)];
+                            sum += q[h * d + j] * ((j < d / 2 ? byte & 15 : byte >> 4) - 8);
+                        }
+                        float steps = rintf(bias[h] + factor[h] * (scale[at[t]] * (float)sum));
+                        want[h * ROWS + t] = (uint16_t)fminf(fmaxf(steps, 1), 65535);
+                        if (want[h * ROWS + t] > want_top[h]) want_top[h] = want[h * ROWS + t];
+                    }
+                EACH_TABLE(k)
+                {
+                    memset(got, 0xaa, sizeof got);
+                    memset(top, 0, sizeof top);
+                    if (g > 2) top[2] = 60000;
+                    k->dot_i4(q, factor, bias, g, d, x, scale, at, n, got, ROWS + 3, top);
+                    for (int h = 0; h < g; h++) {
+                        assert_memory_equal(got + h * (ROWS + 3), want + h * ROWS, (size_t)n * sizeof *got);
+                        assert_int_equal(got[h * (ROWS + 3) + n], 0xaaaa); /* nothing after them */
+                        assert_int_equal(top[h], want_top[h]);
+                    }
+                }
+                memory_free(x), memory_free(q_bytes), memory_free(scale);
+            }
+}
+
+static void cells_add_up_powers(void **state)
+{
+    (void)state;
+    enum { CELLS = 40, KEYS = 4096 };
+    random_state r;
+    random_seed(&r, 14);
+    uint16_t *keys = memory_zero(KEYS + SCAN_BLOCK, sizeof *keys, "test", NULL);
+    uint32_t begin[CELLS + 1];
+    float got[CELLS];
+    for (int round = 0; round < 20; round++) {
+        const float step = round == 0 ? 0 : expf((float)round / 2 - 7);
+        const uint16_t top = (uint16_t)(1 + random_below(&r, 3000));
+        for (int i = 0; i < KEYS + SCAN_BLOCK; i++) keys[i] = random_below(&r, 5) == 0 ? 0 : (uint16_t)(1 + random_below(&r, top));
+        begin[0] = (uint32_t)random_below(&r, 3);
+        for (int c = 0; c < CELLS; c++) begin[c + 1] = begin[c] + (uint32_t)random_below(&r, c % 4 == 0 ? 3 : 100);
         EACH_TABLE(k)
         {
-            memcpy(got, e, sizeof got);
-            assert_true(fabs(k->weigh(got, left, 0.25f, n) - want) < 1e-4);
-            for (int i = 0; i < N; i++) assert_true(got[i] == (i >= n ? e[i] : left[i] > 0 ? e[i] * 0.25f : 0));
+            k->cell_sums(keys, begin, CELLS, step, top, got);
+            for (int c = 0; c < CELLS; c++) {
+                double want = 0;
+                for (uint32_t i = begin[c]; i < begin[c + 1]; i++) want += keys[i] ? exp((double)step * (keys[i] - top)) : 0;
+                const double error = got[c] - want;
+                assert_true(error <= 0.022 * want + 1e-7 && error >= -0.042 * want - 1e-7 * (begin[c + 1] - begin[c]));
+            }
         }
     }
-    memory_free(e);
+    memory_free(keys);
 }
 
 static void rows_are_accumulated_as_scalar_does(void **state)
@@ -411,7 +470,8 @@ int main(void)
         cmocka_unit_test(merge_equals_scalar_exactly),
         cmocka_unit_test(count_and_collect_find_the_keys_above_and_the_first_ties),
         cmocka_unit_test(int8_products_equal_scalar),
-        cmocka_unit_test(clusters_without_tokens_weigh_nothing),
+        cmocka_unit_test(four_bit_rows_give_the_same_steps_everywhere),
+        cmocka_unit_test(cells_add_up_powers),
         cmocka_unit_test(rows_are_accumulated_as_scalar_does),
         cmocka_unit_test(nearest_finds_the_nearest_centroid),
         cmocka_unit_test(product_multiplies_with_any_strides),

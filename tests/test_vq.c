@@ -369,7 +369,16 @@ static void int8_vectors_are_within_half_a_step(void **state)
     int8_t q[64];
     float scale = vq_quantise_i8(x, 64, q);
     for (int i = 0; i < 64; i++) assert_true(fabsf(x[i] - scale * (float)q[i]) <= 0.5001f * scale);
+    uint8_t nibbles[32];
+    scale = vq_quantise_i4(x, 64, nibbles);
+    for (int i = 0; i < 64; i++) {
+        int nibble = i < 32 ? nibbles[i] & 15 : nibbles[i - 32] >> 4;
+        assert_in_range(nibble, 1, 15);
+        assert_true(fabsf(x[i] - scale * (float)(nibble - 8)) <= 0.5001f * scale);
+    }
     float zero[8] = {0};
+    assert_true(vq_quantise_i4(zero, 8, nibbles) == 0);
+    for (int i = 0; i < 4; i++) assert_int_equal(nibbles[i], 0x88);
     assert_true(vq_quantise_i8(zero, 8, q) == 0);
     for (int i = 0; i < 8; i++) assert_int_equal(q[i], 0);
     memory_free(x);

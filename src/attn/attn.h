@@ -55,7 +55,7 @@ static inline int64_t attn_cost_bytes(const attn_cost *cost, int64_t row_bytes)
 
 /* Selection of one (layer, KV head) for one query position; memory belongs to the thread's scratch. */
 typedef struct attn_selection {
-    int32_t *ids; /* [n] positions of far tokens, ascending */
+    int32_t *ids; /* [n] positions of far tokens, each once, in any order */
     int64_t n;
     bool all; /* every far token (ids unused) */
 } attn_selection;

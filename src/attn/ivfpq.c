@@ -46,13 +46,30 @@ static ivfpq *ivfpq_new(const attn_shape *shape, const math_kernels *kernels, co
 
 static attn_policy *ivfpq_create(const attn_shape *shape, const math_kernels *kernels, const char *spec, quarry_error *error)
 {
-    ivfpq_options o = {
-        .budget = 0.02, .min = 64, .threshold = 0.0004, .max = 0.08, .size = 32, .alpha = 0.5, .shrink = 0.05, .segment = 2048, .tail = 1};
+    ivfpq_options o = {.budget = 0.005,
+                       .min = 16,
+                       .threshold = 0.001,
+                       .max = 0.08,
+                       .refine = 0.3,
+                       .margin = 2,
+                       .size = 64,
+                       .values = 0.8,
+                       .alpha = 0.5,
+                       .shrink = 0.05,
+                       .segment = 4096,
+                       .tail = 1};
     const attn_option table[] = {
-        {"budget", &o.budget, 0, 1},       {"min", &o.min, 1, 1e9},
-        {"threshold", &o.threshold, 0, 1}, {"max", &o.max, 0, 1},
-        {"size", &o.size, 1, 1024},        {"alpha", &o.alpha, 0, 2},
-        {"shrink", &o.shrink, 1e-6, 1},    {"segment", &o.segment, 128, IVFPQ_LARGEST},
+        {"budget", &o.budget, 0, 1},
+        {"min", &o.min, 1, 1e9},
+        {"threshold", &o.threshold, 0, 1},
+        {"max", &o.max, 0, 1},
+        {"refine", &o.refine, 0, 1},
+        {"margin", &o.margin, 0, 100},
+        {"size", &o.size, 1, 1024},
+        {"values", &o.values, 0, 1},
+        {"alpha", &o.alpha, 0, 2},
+        {"shrink", &o.shrink, 1e-6, 1},
+        {"segment", &o.segment, 128, IVFPQ_LARGEST},
         {"tail", &o.tail, 0, 1},
     };
     if (attn_options_parse("ivfpq", spec, table, (int)(sizeof table / sizeof *table), error) != QUARRY_OK) return NULL;
@@ -147,8 +164,7 @@ static void ivfpq_truncate(attn_policy *policy, int64_t n)
     }
     p->n_open = n - p->open_first;
     if (p->n_coded > p->n_open) p->n_coded = p->n_open / IVFPQ_RUN * IVFPQ_RUN; /* whole runs only: the last one's mean holds dead tokens */
-    for (int i = 0; p->open && i < p->n_parts; i++)
-        ivfpq_part_of(p, p->open, i).status->n_clusters = (int32_t)((p->n_coded + IVFPQ_RUN - 1) / IVFPQ_RUN);
+    for (int i = 0; p->open && i < p->n_parts; i++) ivfpq_part_of(p, p->open, i).status->n_clusters = (int32_t)(p->n_coded / IVFPQ_RUN);
 }
 
 static size_t ivfpq_bytes(const attn_policy *policy)
@@ -162,14 +178,17 @@ static size_t ivfpq_bytes(const attn_policy *policy)
 const attn_policy_type attn_ivfpq = {
     .name = "ivfpq",
     .summary = "reads the tokens that product codes of the keys find, estimates the rest from clusters",
-    .options = "budget=0.02       share of the far tokens that is read\n"
-               "min=64            but at least so many\n"
-               "threshold=0.0004  and all of at least this estimated attention weight (0: off)\n"
+    .options = "budget=0.005      share of the far tokens that is read\n"
+               "min=16            but at least so many\n"
+               "threshold=0.001   and all of at least this estimated attention weight (0: off)\n"
                "max=0.08          as far as they are not more than this share\n"
-               "size=32           tokens per cluster\n"
+               "refine=0.3        largest share of the far tokens whose weights are estimated again, from 4-bit keys (0: off)\n"
+               "margin=2          they are those within this distance, in nats, of the threshold\n"
+               "size=64           tokens per cluster\n"
+               "values=0.8        share of the values, beside the keys, in what makes tokens of a cluster alike\n"
                "alpha=0.5         power of the query statistics in the metric of the codes\n"
                "shrink=0.05       what is added to their eigenvalues\n"
-               "segment=2048      tokens per segment of the index; up to four times as many where so many lie before it\n"
+               "segment=4096      tokens per segment of the index; twice as many where so many lie before it\n"
                "tail=1            0: drop the unread tokens instead of estimating them\n",
     .create = ivfpq_create,
     .destroy = ivfpq_destroy,

@@ -6,10 +6,14 @@
  * head):
  *
  *     tables     centre, basis and centroids of a product code (vq/vq.h), learned from its keys and the queries seen until it was sealed
- *     codes      4 bits for every 4 dimensions of each key -> which tokens to read
- *     clusters   int8 mean key, int8 sum of values and count of about `size` similar tokens -> what the unread ones add up to
+ *     codes      4 bits for every 4 dimensions of each key -> an estimated weight for every token
+ *     keys       4 bits a dimension -> a better one for those that seem to weigh something; the heaviest are read
+ *     clusters   int8 sum of the values of about `size` similar tokens -> what the unread ones add up to, each with its estimated weight
  *
- * In the open segment, clusters are runs of neighbours. Tokens that have no code yet are read exactly: no segment is sealed, or truncate
+ * A part keeps its tokens in the order of their clusters: a token's place there is its slot. Clusters are made by keys and values together:
+ * weights need no likeness within a cluster, for every token has its own, but values do.
+ *
+ * In the open segment, clusters are runs of neighbours, and slots are in order of position. Tokens that have no code yet are read exactly: no segment is sealed, or truncate
  * cut their segment.
  *
  * A segment is sealed when it is full, and at the end of a prompt if it is worth tables of its own: the first from IVFPQ_FIRST_SEAL
@@ -25,18 +29,18 @@ enum {
     IVFPQ_RUN = 16,         /* tokens per cluster of the open segment */
     IVFPQ_FIRST_SEAL = 128, /* fewer tokens than this train no tables: they stay open */
     IVFPQ_LATER_SEAL = 4,   /* part of a full segment */
-    IVFPQ_GROWTH = 4,       /* the largest full segments are so many times the smallest */
+    IVFPQ_GROWTH = 2,       /* the largest full segments are so many times the smallest */
     IVFPQ_LARGEST = 65536,  /* tokens of a segment: clusters have 16-bit numbers */
 };
 
 typedef struct ivfpq_options {
-    double budget, min, threshold, max, size, alpha, shrink, segment, tail;
+    double budget, min, threshold, max, refine, margin, size, values, alpha, shrink, segment, tail;
 } ivfpq_options;
 
 /* Where the fields of a part lie, in bytes from its start. */
 typedef struct ivfpq_layout {
-    size_t status, centre, centroids, forward, forward_scale, query, query_scale, key_scale, value_scale, count, keys, values, cluster,
-        codes, total;
+    size_t status, centre, centroids, forward, forward_scale, query, query_scale, begin, value_scale, values, order, cluster, codes,
+        key_scale, keys, total;
 } ivfpq_layout;
 
 typedef struct ivfpq_segment {
@@ -54,14 +58,17 @@ typedef struct ivfpq_status {
 
 typedef struct ivfpq_part {
     ivfpq_status *status;
-    float *centre;                          /* [d]: mean of the keys; this and the next three are not of the open segment */
-    vq_codebook book;                       /* of keys - centre, in the coordinates of the basis */
-    int8_t *forward, *query;                /* [d][d]: the basis by output dimension */
-    float *forward_scale, *query_scale;     /* [d] */
-    float *key_scale, *value_scale, *count; /* [clusters] */
-    int8_t *keys, *values;                  /* [clusters][d]: mean of the keys - centre, sum of the values */
-    uint16_t *cluster;                      /* [tokens] */
-    uint8_t *codes;                         /* scan blocks */
+    float *centre;                      /* [d]: mean of the keys; this and the next three are not of the open segment */
+    vq_codebook book;                   /* of keys - centre, in the coordinates of the basis */
+    int8_t *forward, *query;            /* [d][d]: the basis by output dimension */
+    float *forward_scale, *query_scale; /* [d] */
+    uint32_t *begin;                    /* [clusters + 1]: cluster c has the slots from begin[c] to before begin[c + 1] */
+    float *value_scale;                 /* [clusters] */
+    int8_t *values;                     /* [clusters][d]: sums of the values */
+    uint16_t *order, *cluster;          /* [slots]: the token, counted from the segment's first; its cluster */
+    uint8_t *codes;                     /* scan blocks of slots */
+    float *key_scale;                   /* [slots] */
+    uint8_t *keys;                      /* [slots][d / 2]: key - centre in 4 bits a dimension (math/retrieval.h, dot_i4) */
 } ivfpq_part;
 
 typedef struct ivfpq {

@@ -27,13 +27,14 @@ static ivfpq_layout layout_make(const ivfpq *p, int64_t n, int64_t n_clusters, b
     l.forward_scale = take(&at, sealed ? d * f : 0);
     l.query = take(&at, sealed ? d * d : 0);
     l.query_scale = take(&at, sealed ? d * f : 0);
-    l.key_scale = take(&at, c * f);
+    l.begin = take(&at, (c + 1) * sizeof(uint32_t));
     l.value_scale = take(&at, c * f);
-    l.count = take(&at, c * f);
-    l.keys = take(&at, c * d);
     l.values = take(&at, c * d);
+    l.order = take(&at, (size_t)n * sizeof(uint16_t));
     l.cluster = take(&at, (size_t)n * sizeof(uint16_t));
     l.codes = take(&at, vq_code_bytes(p->n_sub, n));
+    l.key_scale = take(&at, (size_t)n * f);
+    l.keys = take(&at, (size_t)n * (d / 2));
     l.total = at;
     return l;
 }
@@ -80,13 +81,14 @@ ivfpq_part ivfpq_part_of(const ivfpq *p, const ivfpq_segment *s, int part)
         .query = (int8_t *)(m + l->query),
         .forward_scale = (float *)(m + l->forward_scale),
         .query_scale = (float *)(m + l->query_scale),
-        .key_scale = (float *)(m + l->key_scale),
+        .begin = (uint32_t *)(m + l->begin),
         .value_scale = (float *)(m + l->value_scale),
-        .count = (float *)(m + l->count),
-        .keys = (int8_t *)(m + l->keys),
         .values = (int8_t *)(m + l->values),
+        .order = (uint16_t *)(m + l->order),
         .cluster = (uint16_t *)(m + l->cluster),
         .codes = m + l->codes,
+        .key_scale = (float *)(m + l->key_scale),
+        .keys = m + l->keys,
     };
 }
 
@@ -122,15 +124,15 @@ typedef struct builder {
     const kv_seq *kv;
     int layer, head, part;
     int64_t capacity;       /* tokens */
-    float *x, *y;           /* [capacity][d]: centred keys; their coordinates in the basis */
-    float *columns;         /* [d][vq_column_stride(capacity)]: y */
+    float *x, *y;           /* [capacity][d]: centred keys; [capacity][2 d]: their coordinates in the basis, later with the values */
+    float *columns;         /* [2 d][vq_column_stride(capacity)]: y */
     float *values;          /* [capacity] */
-    float *sums;            /* [2][clusters][d]: of keys, of values */
+    float *sums;            /* [clusters][d]: of values */
     float *row;             /* [d] */
     float *basis;           /* [4][d][d] */
     int32_t *assign;        /* [n_sub][capacity] */
     int32_t *clusters;      /* [capacity] */
-    int32_t *counts, *slot; /* [clusters] */
+    int32_t *counts, *free; /* [clusters]: tokens; the next free slot */
     arena *scratch;
 } builder;
 
@@ -140,17 +142,17 @@ static bool builder_init(builder *b, ivfpq *p, const kv_seq *kv, int layer, int 
     *b = (builder){.p = p, .kernels = p->base.kernels, .kv = kv, .layer = layer, .head = head, .capacity = n, .scratch = scratch};
     b->part = layer * p->base.shape.kv.n_head_kv + head;
     b->x = arena_alloc(scratch, tokens * d, sizeof(float), NULL);
-    b->y = arena_alloc(scratch, tokens * d, sizeof(float), NULL);
-    b->columns = arena_alloc(scratch, d * (size_t)vq_column_stride(n), sizeof(float), NULL);
+    b->y = arena_alloc(scratch, tokens * 2 * d, sizeof(float), NULL);
+    b->columns = arena_alloc(scratch, 2 * d * (size_t)vq_column_stride(n), sizeof(float), NULL);
     b->values = arena_alloc(scratch, tokens, sizeof(float), NULL);
     b->basis = arena_alloc(scratch, 4 * d * d, sizeof(float), NULL);
-    b->sums = arena_alloc(scratch, 2 * k * d, sizeof(float), NULL);
+    b->sums = arena_alloc(scratch, k * d, sizeof(float), NULL);
     b->row = arena_alloc(scratch, d, sizeof(float), NULL);
     b->assign = arena_alloc(scratch, tokens * (size_t)p->n_sub, sizeof(int32_t), NULL);
     b->clusters = arena_alloc(scratch, tokens, sizeof(int32_t), NULL);
     b->counts = arena_alloc(scratch, k, sizeof(int32_t), NULL);
-    b->slot = arena_alloc(scratch, k, sizeof(int32_t), NULL);
-    return b->x && b->y && b->columns && b->values && b->basis && b->sums && b->row && b->assign && b->clusters && b->counts && b->slot;
+    b->free = arena_alloc(scratch, k, sizeof(int32_t), NULL);
+    return b->x && b->y && b->columns && b->values && b->basis && b->sums && b->row && b->assign && b->clusters && b->counts && b->free;
 }
 
 static const void *row_of(const builder *b, int64_t pos)
@@ -178,37 +180,50 @@ static void transform(builder *b, const float *forward, int64_t n)
     vq_transpose(b->y, d, n, b->p->d, b->columns, vq_column_stride(n));
 }
 
-/* Means and counts of the clusters that clusters[n] assigns the tokens from position `first` to (0 <= clusters < k), into the slots from
- * `at` on; empty ones take none. Returns how many slots. token: where their slot numbers go. Keys are kept as differences from the
- * centre: they share large components, which would use up the steps of an int8. */
-static int32_t fill_clusters(builder *b, const ivfpq_part *part, const float *centre, int64_t first, int64_t n, int32_t k, int32_t at,
-                             uint16_t *token)
+/* Puts the tokens from position `first` on, which clusters[n] assigns to 0 … k - 1, into the slots from `slot` on in the order of their
+ * clusters, whose numbers begin at `at`; empty ones take none. Returns how many clusters. */
+static int32_t fill_clusters(builder *b, const ivfpq_part *part, int64_t first, int64_t n, int32_t k, int32_t at, int64_t slot)
 {
     int d = b->p->d;
-    float *key_sums = b->sums, *value_sums = b->sums + (size_t)k * (size_t)d;
     const kv_shape *shape = &b->p->base.shape.kv;
-    memset(b->sums, 0, 2 * (size_t)k * (size_t)d * sizeof *b->sums);
+    memset(b->sums, 0, (size_t)k * (size_t)d * sizeof *b->sums);
     memset(b->counts, 0, (size_t)k * sizeof *b->counts);
     for (int64_t t = 0; t < n; t++) {
-        int32_t c = b->clusters[t];
-        float *key = key_sums + (size_t)c * d, *value = value_sums + (size_t)c * d;
-        b->counts[c]++;
-        kv_read_key(b->kernels, row_of(b, first + t), shape, b->row);
-        for (int i = 0; i < d; i++) key[i] += b->row[i] - centre[i];
+        float *sum = b->sums + (size_t)b->clusters[t] * (size_t)d;
+        b->counts[b->clusters[t]]++;
         kv_read_value(b->kernels, row_of(b, first + t), shape, b->row);
-        for (int i = 0; i < d; i++) value[i] += b->row[i];
+        for (int i = 0; i < d; i++) sum[i] += b->row[i];
     }
     int32_t used = 0;
+    uint32_t next = (uint32_t)slot;
     for (int32_t c = 0; c < k; c++) {
         if (!b->counts[c]) continue;
-        size_t slot = (size_t)(at + used), count = (size_t)b->counts[c];
-        b->slot[c] = at + used++;
-        part->count[slot] = (float)count;
-        part->key_scale[slot] = vq_quantise_i8(key_sums + (size_t)c * d, d, part->keys + slot * (size_t)d) / (float)count;
-        part->value_scale[slot] = vq_quantise_i8(value_sums + (size_t)c * d, d, part->values + slot * (size_t)d);
+        size_t to = (size_t)(at + used++);
+        part->begin[to] = next;
+        part->value_scale[to] = vq_quantise_i8(b->sums + (size_t)c * (size_t)d, d, part->values + to * (size_t)d);
+        b->free[c] = (int32_t)next;
+        for (uint32_t end = next + (uint32_t)b->counts[c]; next < end; next++) part->cluster[next] = (uint16_t)to;
     }
-    for (int64_t t = 0; t < n; t++) token[t] = (uint16_t)b->slot[b->clusters[t]];
+    part->begin[at + used] = next;
+    for (int64_t t = 0; t < n; t++) part->order[b->free[b->clusters[t]]++] = (uint16_t)(slot + t);
     return used;
+}
+
+/* Codes and 4-bit keys of the n slots from `slot` on; b->x and b->assign have theirs from the token of the same number on. */
+static void fill_slots(builder *b, const ivfpq_part *part, int64_t slot, int64_t n)
+{
+    const ivfpq *p = b->p;
+    int64_t d = p->d;
+    for (int64_t t = 0; t < n; t++) {
+        const int64_t token = part->order[slot + t] - slot;
+        part->key_scale[slot + t] = vq_quantise_i4(b->x + token * d, p->d, part->keys + (slot + t) * (d / 2));
+    }
+    for (int j = 0; j < p->n_sub; j++) {
+        int32_t *codes = b->assign + (int64_t)j * n;
+        for (int64_t t = 0; t < n; t++) b->clusters[t] = codes[part->order[slot + t] - slot];
+        memcpy(codes, b->clusters, (size_t)n * sizeof *codes);
+    }
+    vq_pack(p->n_sub, b->assign, n, slot, part->codes);
 }
 
 /* m[d][d] by input dimension -> int8 rows by output dimension. */
@@ -249,6 +264,42 @@ static quarry_code learn_basis(builder *b, int64_t index, const ivfpq_part *part
     return QUARRY_OK;
 }
 
+/* Points of 2 d dimensions, in both orders in place of what b->y and b->columns held: the keys' coordinates and the values, each scaled so that
+ * their variances have the stated share. */
+static vq_points join_values(builder *b, int64_t first, int64_t n)
+{
+    int64_t d = b->p->d, stride = vq_column_stride(n);
+    double of_keys = 0, of_values = 0;
+    memset(b->row, 0, (size_t)d * sizeof *b->row);
+    for (int64_t t = n - 1; t >= 0; t--) { /* from the last on, for the rows are spread out in place */
+        float *key = b->y + t * 2 * d, *value = key + d;
+        memmove(key, b->y + t * d, (size_t)d * sizeof *key);
+        kv_read_value(b->kernels, row_of(b, first + t), &b->p->base.shape.kv, value);
+        for (int64_t i = 0; i < d; i++) b->row[i] += value[i] / (float)n;
+    }
+    for (int64_t t = 0; t < n; t++) {
+        float *key = b->y + t * 2 * d, *value = key + d;
+        float squares[2] = {0, 0};
+        for (int64_t i = 0; i < d; i++) {
+            value[i] -= b->row[i];
+            squares[0] += key[i] * key[i];
+            squares[1] += value[i] * value[i];
+        }
+        of_keys += (double)squares[0];
+        of_values += (double)squares[1];
+    }
+    const float share = (float)b->p->options.values;
+    const float by_key = of_keys > 0 ? sqrtf((1 - share) * (float)((double)(n * d) / of_keys)) : 0;
+    const float by_value = of_values > 0 ? sqrtf(share * (float)((double)(n * d) / of_values)) : 0;
+    for (int64_t t = 0; t < n; t++)
+        for (int64_t i = 0; i < d; i++) {
+            b->y[t * 2 * d + i] *= by_key;
+            b->y[t * 2 * d + d + i] *= by_value;
+        }
+    vq_transpose(b->y, 2 * d, n, (int)(2 * d), b->columns, stride);
+    return (vq_points){b->y, b->columns, n, 2 * d, stride, (int)(2 * d)};
+}
+
 /* Trains and fills the part of segment `index`. Without memory for it the part stays uncoded: all of its tokens are read. */
 static void build_part(builder *b, int64_t index)
 {
@@ -268,11 +319,12 @@ static void build_part(builder *b, int64_t index)
     vq_points points = {b->y, b->columns, n, d, vq_column_stride(n), p->d};
     uint64_t seed = (uint64_t)(s->first * p->n_parts + b->part);
     if (vq_codebook_train(&part.book, b->kernels, &points, CODE_ITERATIONS, seed, b->assign, b->scratch, NULL) != QUARRY_OK) return;
-    memset(part.codes, 0, vq_code_bytes(p->n_sub, n));
-    vq_pack(p->n_sub, b->assign, n, 0, part.codes);
     int32_t n_clusters;
+    points = join_values(b, s->first, n);
     if (vq_cluster(b->kernels, &points, (int)k, CLUSTER_ITERATIONS, seed, b->clusters, &n_clusters, b->scratch, NULL) != QUARRY_OK) return;
-    part.status->n_clusters = fill_clusters(b, &part, part.centre, s->first, n, n_clusters, 0, part.cluster);
+    part.status->n_clusters = fill_clusters(b, &part, s->first, n, n_clusters, 0, 0);
+    memset(part.codes, 0, vq_code_bytes(p->n_sub, n));
+    fill_slots(b, &part, 0, n);
     part.status->coded = true;
 }
 
@@ -293,10 +345,10 @@ static void code_open(builder *b, int64_t index, int64_t first, int64_t from, in
     expand_matrix(tables.forward, tables.forward_scale, p->d, b->basis);
     transform(b, b->basis, n);
     vq_encode(&tables.book, b->kernels, b->columns, vq_column_stride(n), n, b->assign, b->values);
-    vq_pack(p->n_sub, b->assign, n, from, part.codes);
     for (int64_t t = 0; t < n; t++) b->clusters[t] = (int32_t)(t / IVFPQ_RUN);
     int32_t runs = (int32_t)((n + IVFPQ_RUN - 1) / IVFPQ_RUN);
-    part.status->n_clusters = before + fill_clusters(b, &part, tables.centre, first + from, n, runs, before, part.cluster + from);
+    part.status->n_clusters = before + fill_clusters(b, &part, first + from, n, runs, before, from);
+    fill_slots(b, &part, from, n);
 }
 
 /* ---- a step ---- */

@@ -1,5 +1,4 @@
 /* One decode step: select, then the tail of what was not selected. */
-#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -25,24 +24,37 @@ typedef struct search {
     int g, d, n_sub;
     view *views;
     int64_t n_views, n_tokens, n_forced;
-    int64_t n_keys;     /* tokens, each view padded to SCAN_BLOCK */
-    int64_t n_clusters; /* of all views */
-    float *q;           /* [g][d], scaled */
-    float *centre;      /* [n_views][g]: q·centre */
-    uint16_t *keys;     /* [n_keys]: what decides; 0 is no token, FORCED one without a code */
-    float step, floor;  /* key k means an estimated log weight of floor + k * step */
+    int64_t n_keys;                                    /* slots, each view padded to SCAN_BLOCK */
+    int64_t n_clusters;                                /* of all views */
+    float *q;                                          /* [g][d], scaled */
+    float *centre;                                     /* [n_views][g]: q·centre */
+    uint16_t *scores;                                  /* [g][n_keys]: of each head, in steps; 0 for what has no code */
+    float base[ATTN_MAX_GROUP];                        /* score k of head h means base[h] + k * step */
+    uint16_t top[ATTN_MAX_GROUP];                      /* the largest */
+    uint16_t up[ATTN_MAX_GROUP], down[ATTN_MAX_GROUP]; /* what makes a key of a score */
+    uint16_t *keys;                                    /* [n_keys]: what decides; 0 is no token, FORCED one without a code */
+    float step, floor;                                 /* key k means an estimated log weight of floor + k * step */
 } search;
+
+/* Slots that are looked at again or read, by their keys' index. */
+typedef struct candidates {
+    int32_t *at;    /* [n] */
+    uint16_t *keys; /* [n], padded with 0 to SCAN_BLOCK */
+    int64_t n;
+} candidates;
 
 /* What select leaves for tail, just before the ids. */
 typedef struct found {
     view *views;
-    int64_t n_views, n_clusters;
-    float *q, *centre;   /* [g][d], scaled; [n_views][g]: q·centre */
-    float *unread;       /* [g][n_clusters], work */
-    float *count, *left; /* [n_clusters]: tokens of a cluster, and those not selected; work */
-    float *weights;      /* [g][n], work */
-    int32_t *cluster;    /* [n]: of the selected tokens, -1: none (no code) */
-    int32_t *touched;    /* [n], work */
+    int64_t n_views, n_clusters, n_keys;
+    uint16_t *scores; /* [g][n_keys]: 0 for what is read */
+    float step;
+    float base[ATTN_MAX_GROUP];
+    uint16_t top[ATTN_MAX_GROUP];
+    float *unread;    /* [g][n_clusters], work */
+    float *left;      /* [n_clusters]: tokens that are not read; work */
+    float *weights;   /* [g][n], work */
+    int32_t *cluster; /* [n]: of the selected tokens, -1: none (no code) */
 } found;
 
 enum { FOUND_BYTES = (sizeof(found) + 63) / 64 * 64 };
@@ -127,11 +139,12 @@ static float tables_fill(const search *s, const tables *t, attn_cost *cost)
     return widest > 0 ? widest / SCAN_TOP : 1;
 }
 
-/* Keys of each head, [g][n_keys]: 0 for what has no code, else 1 + (score - floor of the head) / step. Views that lie too far below the
- * best one are lifted to what a key can hold. */
-static void scan_views(const search *s, const tables *t, uint16_t *keys, float *floor)
+/* Scores of each head: 0 for what has no code, else 1 + (score - floor of the head) / step. Views that lie too far below the best one are
+ * lifted to what a score can hold. */
+static void scan_views(search *s, const tables *t)
 {
     int g = s->g;
+    float floor[ATTN_MAX_GROUP];
     uint16_t offset[ATTN_MAX_GROUP];
     float span = (float)(UINT16_MAX - 1 - s->n_sub * SCAN_TOP);
     for (int h = 0; h < g; h++) {
@@ -142,6 +155,7 @@ static void scan_views(const search *s, const tables *t, uint16_t *keys, float *
             most = fmaxf(most, t->base[i * g + h]);
         }
         floor[h] = fmaxf(least, most - span * s->step);
+        s->base[h] = floor[h] - s->step;
     }
     for (int64_t i = 0; i < s->n_views; i++) {
         const view *v = &s->views[i];
@@ -151,33 +165,32 @@ static void scan_views(const search *s, const tables *t, uint16_t *keys, float *
                                      t->bytes + (size_t)h * cells);
             offset[h] = (uint16_t)(1 + lrintf(fmaxf(0, fminf((t->base[at] - floor[h]) / s->step, span))));
         }
-        s->kernels->scan(v->part.codes, s->n_sub, padded(v->n_coded) / SCAN_BLOCK, t->bytes, g, offset, keys + v->key, s->n_keys);
+        s->kernels->scan(v->part.codes, s->n_sub, padded(v->n_coded) / SCAN_BLOCK, t->bytes, g, offset, s->scores + v->key, s->n_keys);
         for (int h = 0; h < g; h++)
-            memset(keys + h * s->n_keys + v->key + v->n_coded, 0, (size_t)(padded(v->n) - v->n_coded) * sizeof *keys);
+            memset(s->scores + h * s->n_keys + v->key + v->n_coded, 0, (size_t)(padded(v->n) - v->n_coded) * sizeof *s->scores);
     }
 }
 
 /* One key per token: the largest estimated weight over the heads, each normalised by what its near rows and its far tokens add up to. Of
  * the far ones the codes tell: by the means of clusters alone a head's few sharp tokens would be overlooked, and the head be taken for a
  * flat one whose weights are all large. */
-static void merge_heads(search *s, uint16_t *keys, float *floor, const attention_state *near)
+static void merge_heads(search *s, const attention_state *near)
 {
-    uint16_t up[ATTN_MAX_GROUP], down[ATTN_MAX_GROUP], top[ATTN_MAX_GROUP];
-    float least = INFINITY, most = -INFINITY;
+    float least = INFINITY, most = -INFINITY, base[ATTN_MAX_GROUP];
     for (int h = 0; h < s->g; h++) {
-        float sum = s->kernels->exp_sum(keys + h * s->n_keys, s->n_keys, s->step, &top[h]);
-        float far_max = floor[h] + s->step * (float)top[h], max = fmaxf(near->m[h], far_max);
-        floor[h] -= max + logf(near->l[h] * expf(near->m[h] - max) + sum * expf(far_max - max));
-        least = fminf(least, floor[h]);
-        most = fmaxf(most, floor[h] + s->step * (float)top[h]);
+        float sum = s->kernels->exp_sum(s->scores + h * s->n_keys, s->n_keys, s->step, &s->top[h]);
+        float far_max = s->base[h] + s->step * (float)s->top[h], max = fmaxf(near->m[h], far_max);
+        base[h] = s->base[h] - max - logf(near->l[h] * expf(near->m[h] - max) + sum * expf(far_max - max));
+        least = fminf(least, base[h]);
+        most = fmaxf(most, base[h] + s->step * (float)s->top[h]);
     }
     s->floor = fmaxf(least, most - s->step * (FORCED - 1));
     for (int h = 0; h < s->g; h++) {
-        float above = (floor[h] - s->floor) / s->step;
-        up[h] = (uint16_t)lrintf(fmaxf(0, fminf(above, FORCED)));
-        down[h] = (uint16_t)lrintf(fmaxf(0, fminf(-above, FORCED)));
+        float above = (base[h] - s->floor) / s->step;
+        s->up[h] = (uint16_t)lrintf(fmaxf(0, fminf(above, FORCED)));
+        s->down[h] = (uint16_t)lrintf(fmaxf(0, fminf(-above, FORCED)));
     }
-    s->kernels->merge(keys, s->n_keys, s->g, up, down, s->n_keys, s->keys);
+    s->kernels->merge(s->scores, s->n_keys, s->g, s->up, s->down, s->n_keys, s->keys);
     for (const view *v = s->views; v < s->views + s->n_views; v++) {
         for (int64_t t = v->n_coded; t < padded(v->n); t++) s->keys[v->key + t] = t < v->n ? FORCED : 0;
     }
@@ -186,12 +199,10 @@ static void merge_heads(search *s, uint16_t *keys, float *floor, const attention
 static bool score_tokens(search *s, const attention_state *near, arena *scratch, attn_cost *cost, quarry_error *error)
 {
     tables t;
-    float floor[ATTN_MAX_GROUP];
-    uint16_t *keys = arena_alloc(scratch, (size_t)s->g * (size_t)s->n_keys, sizeof *keys, error);
-    if (!keys || !tables_make(s, &t, scratch, error)) return false;
+    if (!tables_make(s, &t, scratch, error)) return false;
     s->step = tables_fill(s, &t, cost);
-    scan_views(s, &t, keys, floor);
-    merge_heads(s, keys, floor, near);
+    scan_views(s, &t);
+    merge_heads(s, near);
     return true;
 }
 
@@ -201,8 +212,8 @@ typedef struct cut {
     uint16_t threshold;
 } cut;
 
-/* The largest threshold that at least k keys reach. It lies in [low, high), which `reach` and `above` keys reach: reach >= k > above. */
-static cut find_cut(const search *s, int64_t k, int low, int64_t reach, int high, int64_t above)
+/* The largest threshold that at least k of keys[n] reach. It lies in [low, high), which `reach` and `above` keys reach: reach >= k > above. */
+static cut find_cut(const search *s, const uint16_t *keys, int64_t n, int64_t k, int low, int64_t reach, int high, int64_t above)
 {
     while (high - low > 1) {
         /* counts fall about exponentially with the key, so their logarithms are interpolated, away from the ends so that the range
@@ -211,7 +222,7 @@ static cut find_cut(const search *s, int64_t k, int low, int64_t reach, int high
         share = fminf(0.875f, fmaxf(0.125f, share));
         int middle = low + (int)(share * (float)(high - low));
         middle = middle <= low ? low + 1 : middle;
-        int64_t count = s->kernels->count(s->keys, s->n_keys, (uint16_t)middle);
+        int64_t count = s->kernels->count(keys, n, (uint16_t)middle);
         if (count >= k) {
             low = middle;
             reach = count;
@@ -231,51 +242,154 @@ static int64_t least_wanted(const search *s)
     return s->n_forced + ivfpq_min64(k, rest);
 }
 
-/* With a threshold on the estimated weight, also those above it, up to a share. */
-static cut make_cut(const search *s)
+/* The key of an estimated log weight. */
+static int key_of(const search *s, float log_weight)
 {
-    const ivfpq_options *o = &s->p->options;
-    int64_t least = least_wanted(s), most = s->n_forced + (int64_t)ceil(o->max * (double)(s->n_tokens - s->n_forced));
-    const int beyond = UINT16_MAX + 1;
-    if (o->threshold == 0 || most <= least) return find_cut(s, least, 0, s->n_keys, beyond, 0);
-    float key = ceilf((logf((float)o->threshold) - s->floor) / s->step);
-    int heavy = key < FORCED ? (int)fmaxf(key, 1) : FORCED;
-    int64_t n_heavy = s->kernels->count(s->keys, s->n_keys, (uint16_t)heavy);
-    if (n_heavy < least) return find_cut(s, least, 0, s->n_keys, heavy, n_heavy);
-    if (n_heavy > most) return find_cut(s, most, heavy, n_heavy, beyond, 0);
+    float key = ceilf((log_weight - s->floor) / s->step);
+    return key < FORCED ? (int)fmaxf(key, 1) : FORCED;
+}
+
+enum { BEYOND = UINT16_MAX + 1 };
+
+/* At least so many of keys[n], and all that reach `heavy` as far as they are not more than `most`. */
+static cut cut_between(const search *s, const uint16_t *keys, int64_t n, int64_t least, int64_t most, int heavy)
+{
+    int64_t n_heavy = s->kernels->count(keys, n, (uint16_t)heavy);
+    if (n_heavy < least) return find_cut(s, keys, n, least, 0, n, heavy, n_heavy);
+    if (n_heavy > most) return find_cut(s, keys, n, most, heavy, n_heavy, BEYOND, 0);
     return (cut){n_heavy, n_heavy, (uint16_t)heavy};
 }
 
-/* Room for k ids with what tail needs before them. */
-static found *found_make(const search *s, int64_t k, arena *scratch, quarry_error *error)
+static int64_t share_of(const search *s, double share)
 {
-    size_t n = (size_t)k, c = (size_t)s->n_clusters;
-    char *memory = arena_alloc(scratch, FOUND_BYTES + (n + SCAN_BLOCK) * sizeof(int32_t), 1, error);
-    if (!memory) return NULL;
-    found *f = (found *)memory;
-    *f = (found){.views = s->views, .n_views = s->n_views, .n_clusters = s->n_clusters, .q = s->q, .centre = s->centre};
-    f->unread = arena_alloc(scratch, c * (size_t)s->g, sizeof *f->unread, error);
-    f->count = arena_alloc(scratch, c, sizeof *f->count, error);
-    f->left = arena_alloc(scratch, c, sizeof *f->left, error);
-    f->weights = arena_alloc(scratch, n * (size_t)s->g, sizeof *f->weights, error);
-    f->cluster = arena_alloc(scratch, n, sizeof *f->cluster, error);
-    f->touched = arena_alloc(scratch, n, sizeof *f->touched, error);
-    return f->unread && f->count && f->left && f->weights && f->cluster && f->touched ? f : NULL;
+    return s->n_forced + (int64_t)ceil(share * (double)(s->n_tokens - s->n_forced));
 }
 
-static int64_t collect(const search *s, cut c, const found *f, int32_t *ids)
+/* What is read of keys[n]: with a threshold on the estimated weight also those above it, up to a share. */
+static cut cut_to_read(const search *s, const uint16_t *keys, int64_t n)
 {
-    int64_t n = 0;
-    for (const view *v = s->views; v < s->views + s->n_views; v++) {
-        int64_t before = n;
-        n += s->kernels->collect(s->keys + v->key, padded(v->n), c.threshold, &c.n_ties, (int32_t)v->first, ids + n);
-        for (int64_t i = before; i < n; i++) {
-            int64_t t = ids[i] - v->first;
-            if (i + AHEAD < n) __builtin_prefetch(&v->part.cluster[ids[i + AHEAD] - v->first]);
-            f->cluster[i] = t < v->n_coded ? (int32_t)(v->cluster + v->part.cluster[t]) : -1;
+    const ivfpq_options *o = &s->p->options;
+    int64_t least = least_wanted(s), most = share_of(s, o->max);
+    if (o->threshold == 0 || most <= least) return find_cut(s, keys, n, least, 0, n, BEYOND, 0);
+    return cut_between(s, keys, n, least, most, key_of(s, logf((float)o->threshold)));
+}
+
+/* What is estimated again. */
+static cut cut_to_refine(const search *s)
+{
+    enum { SPARE = 32 };
+    const ivfpq_options *o = &s->p->options;
+    int64_t least = ivfpq_min64(s->n_tokens, 2 * least_wanted(s) + SPARE), most = share_of(s, o->refine);
+    if (most < least) most = least;
+    if (o->threshold == 0) return find_cut(s, s->keys, s->n_keys, most, 0, s->n_keys, BEYOND, 0);
+    return cut_between(s, s->keys, s->n_keys, least, most, key_of(s, logf((float)o->threshold) - (float)o->margin));
+}
+
+static bool candidates_make(candidates *c, int64_t n, arena *scratch, quarry_error *error)
+{
+    c->at = arena_alloc(scratch, (size_t)n + SCAN_BLOCK, sizeof *c->at, error);
+    c->keys = arena_alloc(scratch, (size_t)padded(n), sizeof *c->keys, error);
+    return c->at && c->keys;
+}
+
+static bool gather(const search *s, cut from, candidates *c, arena *scratch, quarry_error *error)
+{
+    if (!candidates_make(c, from.k, scratch, error)) return false;
+    c->n = s->kernels->collect(s->keys, s->n_keys, from.threshold, &from.n_ties, 0, c->at);
+    return true;
+}
+
+/* The query as dot_i4 takes it. */
+typedef struct query_i8 {
+    int8_t *q;                                          /* [g][d] */
+    float factor[ATTN_MAX_GROUP], bias[ATTN_MAX_GROUP]; /* to steps above the heads' bases; the bias is of one view */
+} query_i8;
+
+static bool query_make(query_i8 *to, const search *s, arena *scratch, quarry_error *error)
+{
+    to->q = arena_alloc(scratch, (size_t)s->g * (size_t)s->d, 1, error);
+    for (int h = 0; to->q && h < s->g; h++) to->factor[h] = vq_quantise_i8(s->q + h * s->d, s->d, to->q + h * s->d) / s->step;
+    return to->q != NULL;
+}
+
+/* Better scores for those of the candidates that have codes, and keys for all. */
+static bool refine(search *s, candidates *c, arena *scratch, attn_cost *cost, quarry_error *error)
+{
+    int g = s->g;
+    const int64_t stride = padded(c->n);
+    query_i8 query;
+    uint16_t *scores = arena_alloc(scratch, (size_t)g * (size_t)stride, sizeof *scores, error);
+    int32_t *slots = arena_alloc(scratch, (size_t)c->n, sizeof *slots, error);
+    if (!scores || !slots || !query_make(&query, s, scratch, error)) return false;
+    memset(scores, 0, (size_t)g * (size_t)stride * sizeof *scores);
+    int64_t i = 0;
+    for (int64_t j = 0; j < s->n_views; j++) {
+        const view *v = &s->views[j];
+        int64_t first = i, n = 0;
+        for (; i < c->n && c->at[i] < v->key + v->n_coded; i++) slots[n++] = (int32_t)(c->at[i] - v->key);
+        while (i < c->n && c->at[i] < v->key + padded(v->n)) i++; /* those without a code */
+        for (int h = 0; h < g; h++) query.bias[h] = (s->centre[j * g + h] - s->base[h]) / s->step;
+        s->kernels->dot_i4(query.q, query.factor, query.bias, g, s->d, v->part.keys, v->part.key_scale, slots, n, scores + first, stride,
+                           s->top);
+        for (int h = 0; h < g; h++) {
+            uint16_t *to = s->scores + h * s->n_keys + v->key;
+            const uint16_t *from = scores + h * stride + first;
+            for (int64_t t = 0; t < n; t++) to[slots[t]] = from[t];
         }
+        cost->index_bytes += n * (s->d / 2 + (int64_t)sizeof(float));
     }
-    return n;
+    s->kernels->merge(scores, stride, g, s->up, s->down, stride, c->keys);
+    for (int64_t j = 0, t = 0; j < s->n_views; j++) {
+        const view *v = &s->views[j];
+        while (t < c->n && c->at[t] < v->key + v->n_coded) t++;
+        for (; t < c->n && c->at[t] < v->key + padded(v->n); t++) c->keys[t] = FORCED;
+    }
+    memset(c->keys + c->n, 0, (size_t)(stride - c->n) * sizeof *c->keys);
+    return true;
+}
+
+/* Keeps the candidates that the cut selects. */
+static bool keep(const search *s, candidates *c, cut to, arena *scratch, quarry_error *error)
+{
+    int32_t *chosen = arena_alloc(scratch, (size_t)to.k + SCAN_BLOCK, sizeof *chosen, error);
+    if (!chosen) return false;
+    c->n = s->kernels->collect(c->keys, padded(c->n), to.threshold, &to.n_ties, 0, chosen);
+    for (int64_t i = 0; i < c->n; i++) c->at[i] = c->at[chosen[i]];
+    return true;
+}
+
+/* Ids of the chosen slots, with what tail needs before them. */
+static bool find(const search *s, const candidates *c, attn_selection *out, arena *scratch, attn_cost *cost, quarry_error *error)
+{
+    size_t n = (size_t)c->n, n_clusters = (size_t)s->n_clusters;
+    char *memory = arena_alloc(scratch, FOUND_BYTES + n * sizeof(int32_t), 1, error);
+    if (!memory) return false;
+    found *f = (found *)memory;
+    *f = (found){
+        .views = s->views, .n_views = s->n_views, .n_clusters = s->n_clusters, .n_keys = s->n_keys, .scores = s->scores, .step = s->step};
+    memcpy(f->base, s->base, sizeof f->base);
+    memcpy(f->top, s->top, sizeof f->top);
+    f->unread = arena_alloc(scratch, n_clusters * (size_t)s->g, sizeof *f->unread, error);
+    f->left = arena_alloc(scratch, n_clusters, sizeof *f->left, error);
+    f->weights = arena_alloc(scratch, n * (size_t)s->g, sizeof *f->weights, error);
+    f->cluster = arena_alloc(scratch, n, sizeof *f->cluster, error);
+    if (!f->unread || !f->left || !f->weights || !f->cluster) return false;
+    *out = (attn_selection){.ids = (int32_t *)(memory + FOUND_BYTES), .n = c->n};
+    const view *v = s->views;
+    for (int64_t i = 0; i < c->n; i++) {
+        while (c->at[i] >= v->key + padded(v->n)) v++;
+        int64_t slot = c->at[i] - v->key, ahead = i + AHEAD < c->n ? c->at[i + AHEAD] - v->key : v->n;
+        if (ahead < v->n_coded) {
+            __builtin_prefetch(&v->part.order[ahead]);
+            __builtin_prefetch(&v->part.cluster[ahead]);
+        }
+        bool coded = slot < v->n_coded;
+        out->ids[i] = (int32_t)(v->first + (coded ? v->part.order[slot] : slot));
+        f->cluster[i] = coded ? (int32_t)(v->cluster + v->part.cluster[slot]) : -1;
+        for (int h = 0; h < s->g; h++) s->scores[h * s->n_keys + c->at[i]] = 0;
+    }
+    cost->index_bytes += c->n * 2 * (int64_t)sizeof(uint16_t);
+    return true;
 }
 
 quarry_code ivfpq_select(const attn_policy *policy, int layer, int head, const kv_seq *kv, const float *q, int64_t pos,
@@ -288,55 +402,37 @@ quarry_code ivfpq_select(const attn_policy *policy, int layer, int head, const k
     *out = (attn_selection){.all = least_wanted(&s) >= s.n_tokens};
     if (out->all) return QUARRY_OK;
     s.q = arena_alloc(scratch, (size_t)s.g * (size_t)s.d, sizeof *s.q, error);
+    s.scores = arena_alloc(scratch, (size_t)s.g * (size_t)s.n_keys + SCAN_BLOCK, sizeof *s.scores, error);
     s.keys = arena_alloc(scratch, (size_t)s.n_keys, sizeof *s.keys, error);
     s.centre = arena_alloc(scratch, (size_t)s.n_views * (size_t)s.g, sizeof *s.centre, error);
-    if (!s.q || !s.keys || !s.centre) return QUARRY_ERROR_MEMORY;
+    if (!s.q || !s.scores || !s.keys || !s.centre) return QUARRY_ERROR_MEMORY;
     for (int i = 0; i < s.g * s.d; i++) s.q[i] = q[i] * p->base.shape.scale;
     if (!score_tokens(&s, near, scratch, cost, error)) return QUARRY_ERROR_MEMORY;
-    cut c = make_cut(&s);
-    found *f = found_make(&s, c.k, scratch, error);
-    if (!f) return QUARRY_ERROR_MEMORY;
-    out->ids = (int32_t *)((char *)f + FOUND_BYTES);
-    out->n = collect(&s, c, f, out->ids);
-    return QUARRY_OK;
+    candidates c;
+    bool twice = p->options.refine > 0;
+    if (!gather(&s, twice ? cut_to_refine(&s) : cut_to_read(&s, s.keys, s.n_keys), &c, scratch, error)) return QUARRY_ERROR_MEMORY;
+    if (twice) {
+        if (!refine(&s, &c, scratch, cost, error)) return QUARRY_ERROR_MEMORY;
+        if (!keep(&s, &c, cut_to_read(&s, c.keys, padded(c.n)), scratch, error)) return QUARRY_ERROR_MEMORY;
+    }
+    return find(&s, &c, out, scratch, cost, error) ? QUARRY_OK : QUARRY_ERROR_MEMORY;
 }
 
-/* unread[h][c] = mean score of the tokens of cluster c that were not selected, left[c] = how many. A cluster with none left gets a score
- * without weight. */
-static void correct(const ivfpq *p, const found *f, int64_t n, const float *scores)
+/* left[c] = how many tokens of cluster c are not read. */
+static void count_left(const found *f, int64_t n)
 {
-    int64_t c = f->n_clusters, n_touched = 0;
-    int g = p->group;
-    for (const view *v = f->views; v < f->views + f->n_views; v++) {
-        p->base.kernels->retrieval->dot_i8(f->q, g, p->d, v->part.keys, v->part.key_scale, f->centre + (v - f->views) * g, clusters_of(v),
-                                           f->unread + v->cluster, c);
-        memcpy(f->count + v->cluster, v->part.count, (size_t)clusters_of(v) * sizeof *f->count);
-    }
-    memcpy(f->left, f->count, (size_t)c * sizeof *f->left);
-    for (int64_t i = 0; i < n; i++) {
-        int32_t at = f->cluster[i];
-        if (at < 0) continue;
-        bool first = f->left[at] == f->count[at];
-        if (first) f->touched[n_touched++] = at;
-        f->left[at] -= 1;
-        for (int h = 0; h < g; h++) {
-            float *sum = &f->unread[h * c + at];
-            *sum = (first ? *sum * f->count[at] : *sum) - scores[h * n + i];
-        }
-    }
-    for (int64_t i = 0; i < n_touched; i++) {
-        int32_t at = f->touched[i];
-        for (int h = 0; h < g; h++) f->unread[h * c + at] = f->left[at] > 0 ? f->unread[h * c + at] / f->left[at] : -FLT_MAX / 2;
-    }
+    for (const view *v = f->views; v < f->views + f->n_views; v++)
+        for (int64_t c = 0; c < clusters_of(v); c++) f->left[v->cluster + c] = (float)(v->part.begin[c + 1] - v->part.begin[c]);
+    for (int64_t i = 0; i < n; i++)
+        if (f->cluster[i] >= 0) f->left[f->cluster[i]] -= 1;
 }
 
-/* Per cluster with n tokens of which s were selected (point 3 of the method: correct the tail with what was read): unread mean score u =
- * (n q·mean - sum of their scores) / (n - s), mass (n - s) exp(u), value exp(u) (n mean value - sum of their values). The last sum is
- * taken over the rows again, weighted by their cluster's exp(u). */
+/* A cluster's unread tokens have mass m, the sum of their estimated weights, and the mean value (sum of its values - those of the tokens
+ * read) / how many are left. The sum over the tokens read is taken over their rows again, each weighted by its cluster's m / left. */
 void ivfpq_tail(const attn_policy *policy, int layer, int head, const float *q, const attn_selection *sel, const float *scores,
                 const void *const *rows, arena *scratch, attention_state *state, attn_cost *cost)
 {
-    (void)layer, (void)head, (void)q, (void)scratch;
+    (void)layer, (void)head, (void)q, (void)scores, (void)scratch;
     const ivfpq *p = (const ivfpq *)policy;
     if (sel->all || p->options.tail == 0) return;
     const found *f = (const found *)((const char *)sel->ids - FOUND_BYTES);
@@ -344,12 +440,17 @@ void ivfpq_tail(const attn_policy *policy, int layer, int head, const float *q, 
     int64_t n_clusters = f->n_clusters, n = sel->n;
     int d = p->d;
     if (n_clusters == 0) return;
-    correct(p, f, n, scores);
+    count_left(f, n);
     for (int h = 0; h < p->group; h++) {
-        float *e = f->unread + h * n_clusters, max;
-        p->base.kernels->vector->softmax_exp(e, n_clusters, &max);
-        float top = max > state->m[h] ? max : state->m[h], before = expf(state->m[h] - top);
-        float mass = kernels->weigh(e, f->left, expf(max - top), n_clusters);
+        float *e = f->unread + h * n_clusters, far_top = f->base[h] + f->step * (float)f->top[h], mass = 0;
+        float top = fmaxf(far_top, state->m[h]), before = expf(state->m[h] - top), factor = expf(far_top - top);
+        for (const view *v = f->views; v < f->views + f->n_views; v++)
+            kernels->cell_sums(f->scores + h * f->n_keys + v->key, v->part.begin, clusters_of(v), f->step, f->top[h], e + v->cluster);
+        for (int64_t c = 0; c < n_clusters; c++) {
+            e[c] *= factor;
+            mass += e[c];
+            e[c] = f->left[c] > 0 ? e[c] / f->left[c] : 0;
+        }
         for (int64_t i = 0; i < n; i++) f->weights[h * n + i] = f->cluster[i] < 0 ? 0 : -e[f->cluster[i]];
         state->l[h] = state->l[h] * before + mass;
         state->m[h] = top;
@@ -359,5 +460,5 @@ void ivfpq_tail(const attn_policy *policy, int layer, int head, const float *q, 
         kernels->accumulate_i8(f->unread + v->cluster, n_clusters, p->group, d, v->part.values, v->part.value_scale, clusters_of(v),
                                state->o);
     kernels->accumulate_rows(f->weights, p->group, d, p->base.shape.kv.type, rows, n, state->o);
-    cost->tail_bytes += 2 * n_clusters * (d + 2 * (int64_t)sizeof(float));
+    cost->tail_bytes += n_clusters * (d + (int64_t)sizeof(float) + (int64_t)sizeof(uint32_t));
 }

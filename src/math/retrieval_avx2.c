@@ -261,17 +261,126 @@ static void dot_i8_avx2(const float *q, int g, int d, const int8_t *x, const flo
             dot_heads(q + h * d, 1, d, x, scale, bias + h, n, out + h * stride, stride);
 }
 
-static float weigh_avx2(float *e, const float *left, float factor, int64_t n)
+/* Rows are found anywhere in memory: the one so many ahead is asked for. */
+enum { DOT_I4_AHEAD = 12, DOT_I4_MOST = 1024, I4_CHUNK = 16 };
+
+/* The heads of a query in the order of nibbles: for each chunk of I4_CHUNK bytes of a row the dimensions of its low nibbles, then of its high
+ * ones, with zeros where a row ends. *shift is what the 8 in every nibble adds. Returns how many chunks. */
+INLINE int order_query(const int8_t *q, int d, int8_t *out, float *shift)
 {
-    __m256 mass = _mm256_setzero_ps(), scale = _mm256_set1_ps(factor);
-    int64_t c = 0;
-    for (; c + 8 <= n; c += 8) {
-        __m256 rest = _mm256_loadu_ps(left + c), x = _mm256_mul_ps(_mm256_loadu_ps(e + c), scale);
-        x = _mm256_and_ps(x, _mm256_cmp_ps(rest, _mm256_setzero_ps(), _CMP_GT_OQ));
-        _mm256_storeu_ps(e + c, x);
-        mass = _mm256_fmadd_ps(x, rest, mass);
+    const int half = d / 2, n_chunks = (half + I4_CHUNK - 1) / I4_CHUNK;
+    int32_t sum = 0;
+    memset(out, 0, (size_t)n_chunks * 2 * I4_CHUNK);
+    for (int j = 0; j < half; j++) {
+        int8_t *chunk = out + j / I4_CHUNK * 2 * I4_CHUNK + j % I4_CHUNK;
+        chunk[0] = q[j];
+        chunk[I4_CHUNK] = q[half + j];
+        sum += q[j] + q[half + j];
     }
-    return _mm_cvtss_f32(sum4(mass, mass, mass, mass)) + retrieval_scalar.weigh(e + c, left + c, factor, n - c);
+    *shift = 8 * (float)sum;
+    return n_chunks;
+}
+
+/* Sums of the lanes of four vectors. */
+INLINE __m128i sum4_i32(__m256i a, __m256i b, __m256i c, __m256i e)
+{
+    __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, e));
+    return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+}
+
+INLINE __m128i load_i4(const uint8_t *x, int n)
+{
+    uint8_t some[I4_CHUNK] = {0};
+    if (n >= I4_CHUNK) return _mm_loadu_si128((const __m128i *)x);
+    memcpy(some, x, (size_t)n);
+    return _mm_loadu_si128((const __m128i *)some);
+}
+
+INLINE void dot_i4_heads(const int8_t *q, const float *factor, const float *bias, const int g, int d, const uint8_t *x, const float *scale,
+                         const int32_t *at, int64_t n, uint16_t *out, int64_t stride, uint16_t *top)
+{
+    const int half = d / 2;
+    int n_chunks = 0;
+    int8_t ordered[4][DOT_I4_MOST + 2 * I4_CHUNK];
+    float shift[4] = {0}, by[4] = {0}, add[4] = {0};
+    const __m256i low = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
+    for (int h = 0; h < g; h++) {
+        n_chunks = order_query(q + h * d, d, ordered[h], &shift[h]);
+        by[h] = factor[h];
+        add[h] = bias[h];
+    }
+    const __m128 offset = _mm_loadu_ps(shift), times = _mm_loadu_ps(by), plus = _mm_loadu_ps(add);
+    __m128i most = _mm_setzero_si128();
+    for (int64_t i = 0; i < n; i++) {
+        const uint8_t *row = x + (size_t)at[i] * (size_t)half;
+        __m256i sum[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+        if (i + DOT_I4_AHEAD < n) {
+            const size_t next = (size_t)at[i + DOT_I4_AHEAD];
+            _mm_prefetch((const char *)x + next * (size_t)half, _MM_HINT_T0);
+            _mm_prefetch((const char *)(scale + next), _MM_HINT_T0);
+        }
+        for (int c = 0; c < n_chunks; c++) {
+            const __m128i bytes = load_i4(row + c * I4_CHUNK, half - c * I4_CHUNK);
+            const __m256i nibbles =
+                _mm256_and_si256(low, _mm256_inserti128_si256(_mm256_castsi128_si256(bytes), _mm_srli_epi16(bytes, 4), 1));
+            for (int h = 0; h < g; h++) {
+                const __m256i pairs = _mm256_maddubs_epi16(nibbles, _mm256_loadu_si256((const __m256i *)(ordered[h] + c * 2 * I4_CHUNK)));
+                sum[h] = _mm256_add_epi32(sum[h], _mm256_madd_epi16(pairs, one));
+            }
+        }
+        const __m128 dot = _mm_sub_ps(_mm_cvtepi32_ps(sum4_i32(sum[0], sum[1], sum[2], sum[3])), offset);
+        __m128 steps = _mm_add_ps(plus, _mm_mul_ps(times, _mm_mul_ps(_mm_set1_ps(scale[at[i]]), dot)));
+        steps = _mm_min_ps(_mm_max_ps(steps, _mm_set1_ps(1)), _mm_set1_ps(UINT16_MAX));
+        const __m128i score = _mm_cvtps_epi32(steps);
+        most = _mm_max_epi32(most, score);
+        out[i] = (uint16_t)_mm_cvtsi128_si32(score);
+        if (g > 1) out[stride + i] = (uint16_t)_mm_extract_epi32(score, 1);
+        if (g > 2) out[2 * stride + i] = (uint16_t)_mm_extract_epi32(score, 2);
+        if (g > 3) out[3 * stride + i] = (uint16_t)_mm_extract_epi32(score, 3);
+    }
+    int32_t largest[4];
+    _mm_storeu_si128((__m128i *)largest, most);
+    for (int h = 0; h < g; h++)
+        if (largest[h] > top[h]) top[h] = (uint16_t)largest[h];
+}
+
+static void dot_i4_avx2(const int8_t *q, const float *factor, const float *bias, int g, int d, const uint8_t *x, const float *scale,
+                        const int32_t *at, int64_t n, uint16_t *out, int64_t stride, uint16_t *top)
+{
+    for (int h = 0; h < g; h += 4) {
+        const int8_t *part = q + h * d;
+        uint16_t *to = out + h * stride;
+        switch (g - h) {
+        case 1: dot_i4_heads(part, factor + h, bias + h, 1, d, x, scale, at, n, to, stride, top + h); break;
+        case 2: dot_i4_heads(part, factor + h, bias + h, 2, d, x, scale, at, n, to, stride, top + h); break;
+        case 3: dot_i4_heads(part, factor + h, bias + h, 3, d, x, scale, at, n, to, stride, top + h); break;
+        default: dot_i4_heads(part, factor + h, bias + h, 4, d, x, scale, at, n, to, stride, top + h);
+        }
+    }
+}
+
+static void cell_sums_avx2(const uint16_t *keys, const uint32_t *begin, int64_t n_cells, float step, uint16_t top, float *sums)
+{
+    const exp_scale scale = exp_scale_make(step);
+    const __m256i whole = _mm256_set1_epi16((short)scale.whole), part = _mm256_set1_epi16((short)scale.part);
+    const __m256i limit = _mm256_set1_epi16((short)scale.most), peak = _mm256_set1_epi16(EXP_TOP_BITS),
+                  last = _mm256_set1_epi16((short)top);
+    const __m256i lane = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t c = 0; c < n_cells; c++) {
+        __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+        for (uint32_t i = begin[c]; i < begin[c + 1]; i += 16) {
+            const uint32_t rest = begin[c + 1] - i;
+            __m256i x = _mm256_loadu_si256((const __m256i *)(keys + i));
+            if (rest < 16) x = _mm256_and_si256(x, _mm256_cmpgt_epi16(_mm256_set1_epi16((short)rest), lane));
+            const __m256i distance = _mm256_min_epu16(_mm256_sub_epi16(last, x), limit);
+            const __m256i below = _mm256_add_epi16(_mm256_mullo_epi16(distance, whole), _mm256_mulhi_epu16(distance, part));
+            const __m256i power = _mm256_andnot_si256(_mm256_cmpeq_epi16(x, _mm256_setzero_si256()), _mm256_subs_epu16(peak, below));
+            sum[0] = _mm256_add_ps(sum[0], _mm256_cvtph_ps(_mm256_castsi256_si128(power)));
+            sum[1] = _mm256_add_ps(sum[1], _mm256_cvtph_ps(_mm256_extracti128_si256(power, 1)));
+        }
+        const __m256 both = _mm256_add_ps(sum[0], sum[1]);
+        sums[c] = _mm_cvtss_f32(sum4(both, both, both, both)) * (0x1p-13f / EXP_MEAN);
+    }
 }
 
 /* The sums of 8 * dims dimensions of g heads stay in registers. */
@@ -427,7 +536,8 @@ const retrieval_kernels retrieval_avx2 = {
     .count = count_avx2,
     .collect = collect_avx2,
     .dot_i8 = dot_i8_avx2,
-    .weigh = weigh_avx2,
+    .dot_i4 = dot_i4_avx2,
+    .cell_sums = cell_sums_avx2,
     .accumulate_i8 = accumulate_i8_avx2,
     .accumulate_rows = accumulate_rows_avx2,
     .nearest = nearest_avx2,

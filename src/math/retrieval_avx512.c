@@ -259,18 +259,126 @@ static void dot_i8_avx512(const float *q, int g, int d, const int8_t *x, const f
     }
 }
 
-static float weigh_avx512(float *e, const float *left, float factor, int64_t n)
+/* Rows are found anywhere in memory: the one so many ahead is asked for. */
+enum { DOT_I4_AHEAD = 12, DOT_I4_MOST = 1024, I4_CHUNK = 32 };
+
+/* The heads of a query in the order of nibbles: for each chunk of I4_CHUNK bytes of a row the dimensions of its low nibbles, then of its high
+ * ones, with zeros where a row ends. *shift is what the 8 in every nibble adds. Returns how many chunks. */
+INLINE int order_query(const int8_t *q, int d, int8_t *out, float *shift)
 {
-    __m512 mass = _mm512_setzero_ps(), scale = _mm512_set1_ps(factor);
-    for (int64_t c = 0; c < n; c += 16) {
-        __mmask16 mask = lanes(n - c);
-        __m512 rest = _mm512_maskz_loadu_ps(mask, left + c);
-        __m512 x =
-            _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(rest, _mm512_setzero_ps(), _CMP_GT_OQ), _mm512_maskz_loadu_ps(mask, e + c), scale);
-        _mm512_mask_storeu_ps(e + c, mask, x);
-        mass = _mm512_fmadd_ps(x, rest, mass);
+    const int half = d / 2, n_chunks = (half + I4_CHUNK - 1) / I4_CHUNK;
+    int32_t sum = 0;
+    memset(out, 0, (size_t)n_chunks * 2 * I4_CHUNK);
+    for (int j = 0; j < half; j++) {
+        int8_t *chunk = out + j / I4_CHUNK * 2 * I4_CHUNK + j % I4_CHUNK;
+        chunk[0] = q[j];
+        chunk[I4_CHUNK] = q[half + j];
+        sum += q[j] + q[half + j];
     }
-    return _mm512_reduce_add_ps(mass);
+    *shift = 8 * (float)sum;
+    return n_chunks;
+}
+
+/* Sums of the lanes of four vectors. */
+INLINE __m128i sum4_i32(__m512i a, __m512i b, __m512i c, __m512i e)
+{
+    __m256i ab = _mm256_hadd_epi32(_mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1)),
+                                   _mm256_add_epi32(_mm512_castsi512_si256(b), _mm512_extracti64x4_epi64(b, 1)));
+    __m256i ce = _mm256_hadd_epi32(_mm256_add_epi32(_mm512_castsi512_si256(c), _mm512_extracti64x4_epi64(c, 1)),
+                                   _mm256_add_epi32(_mm512_castsi512_si256(e), _mm512_extracti64x4_epi64(e, 1)));
+    __m256i all = _mm256_hadd_epi32(ab, ce);
+    return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+}
+
+INLINE void dot_i4_heads(const int8_t *q, const float *factor, const float *bias, const int g, int d, const uint8_t *x, const float *scale,
+                         const int32_t *at, int64_t n, uint16_t *out, int64_t stride, uint16_t *top)
+{
+    const int half = d / 2;
+    int n_chunks = 0;
+    int8_t ordered[4][DOT_I4_MOST + 2 * I4_CHUNK];
+    float shift[4];
+    __m128i most[4];
+    const __m512i low = _mm512_set1_epi8(15), one = _mm512_set1_epi16(1);
+    for (int h = 0; h < g; h++) {
+        n_chunks = order_query(q + h * d, d, ordered[h], &shift[h]);
+        most[h] = _mm_setzero_si128();
+    }
+    for (int64_t i = 0; i < n; i += 4) {
+        const int n_rows = n - i < 4 ? (int)(n - i) : 4;
+        __m512i sum[4][4]; /* [head][row] */
+        for (int h = 0; h < g; h++)
+            for (int r = 0; r < 4; r++) sum[h][r] = _mm512_setzero_si512();
+        for (int r = 0; r < 4; r++) {
+            const size_t here = (size_t)at[r < n_rows ? i + r : i], next = (size_t)at[i + r + DOT_I4_AHEAD < n ? i + r + DOT_I4_AHEAD : i];
+            const uint8_t *row = x + here * (size_t)half;
+            _mm_prefetch((const char *)x + next * (size_t)half, _MM_HINT_T0);
+            _mm_prefetch((const char *)(scale + next), _MM_HINT_T0);
+            for (int c = 0; c < n_chunks; c++) {
+                const int rest = half - c * I4_CHUNK;
+                const __mmask32 mask = rest < I4_CHUNK ? (1u << rest) - 1 : UINT32_MAX;
+                const __m256i bytes = _mm256_maskz_loadu_epi8(mask, row + c * I4_CHUNK);
+                const __m512i nibbles =
+                    _mm512_and_si512(low, _mm512_inserti64x4(_mm512_castsi256_si512(bytes), _mm256_srli_epi16(bytes, 4), 1));
+                for (int h = 0; h < g; h++) {
+                    const __m512i pairs = _mm512_maddubs_epi16(nibbles, _mm512_loadu_si512(ordered[h] + c * 2 * I4_CHUNK));
+                    sum[h][r] = _mm512_add_epi32(sum[h][r], _mm512_madd_epi16(pairs, one));
+                }
+            }
+        }
+        const __m128 scales = _mm_setr_ps(scale[at[i]], scale[at[n_rows > 1 ? i + 1 : i]], scale[at[n_rows > 2 ? i + 2 : i]],
+                                          scale[at[n_rows > 3 ? i + 3 : i]]);
+        for (int h = 0; h < g; h++) {
+            const __m128i dots = sum4_i32(sum[h][0], sum[h][1], sum[h][2], sum[h][3]);
+            const __m128 dot = _mm_mul_ps(scales, _mm_sub_ps(_mm_cvtepi32_ps(dots), _mm_set1_ps(shift[h])));
+            __m128 steps = _mm_add_ps(_mm_set1_ps(bias[h]), _mm_mul_ps(_mm_set1_ps(factor[h]), dot));
+            steps = _mm_min_ps(_mm_max_ps(steps, _mm_set1_ps(1)), _mm_set1_ps(UINT16_MAX));
+            const __m128i score = _mm_cvtps_epi32(steps);
+            most[h] = _mm_max_epi32(most[h], score);
+            _mm_mask_storeu_epi16(out + h * stride + i, (__mmask8)((1 << n_rows) - 1), _mm_packus_epi32(score, score));
+        }
+    }
+    for (int h = 0; h < g; h++) {
+        int32_t largest[4];
+        _mm_storeu_si128((__m128i *)largest, most[h]);
+        for (int r = 0; r < 4; r++)
+            if (largest[r] > top[h]) top[h] = (uint16_t)largest[r];
+    }
+}
+
+static void dot_i4_avx512(const int8_t *q, const float *factor, const float *bias, int g, int d, const uint8_t *x, const float *scale,
+                          const int32_t *at, int64_t n, uint16_t *out, int64_t stride, uint16_t *top)
+{
+    for (int h = 0; h < g; h += 4) {
+        const int8_t *part = q + h * d;
+        uint16_t *to = out + h * stride;
+        switch (g - h) {
+        case 1: dot_i4_heads(part, factor + h, bias + h, 1, d, x, scale, at, n, to, stride, top + h); break;
+        case 2: dot_i4_heads(part, factor + h, bias + h, 2, d, x, scale, at, n, to, stride, top + h); break;
+        case 3: dot_i4_heads(part, factor + h, bias + h, 3, d, x, scale, at, n, to, stride, top + h); break;
+        default: dot_i4_heads(part, factor + h, bias + h, 4, d, x, scale, at, n, to, stride, top + h);
+        }
+    }
+}
+
+static void cell_sums_avx512(const uint16_t *keys, const uint32_t *begin, int64_t n_cells, float step, uint16_t top, float *sums)
+{
+    const exp_scale scale = exp_scale_make(step);
+    const __m512i whole = _mm512_set1_epi16((short)scale.whole), part = _mm512_set1_epi16((short)scale.part);
+    const __m512i limit = _mm512_set1_epi16((short)scale.most), peak = _mm512_set1_epi16(EXP_TOP_BITS),
+                  last = _mm512_set1_epi16((short)top);
+    for (int64_t c = 0; c < n_cells; c++) {
+        __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (uint32_t i = begin[c]; i < begin[c + 1]; i += SCAN_BLOCK) {
+            const uint32_t rest = begin[c + 1] - i;
+            const __mmask32 mask = rest < SCAN_BLOCK ? (1u << rest) - 1 : UINT32_MAX;
+            const __m512i x = _mm512_maskz_loadu_epi16(mask, keys + i), distance = _mm512_min_epu16(_mm512_sub_epi16(last, x), limit);
+            const __m512i below = _mm512_add_epi16(_mm512_mullo_epi16(distance, whole), _mm512_mulhi_epu16(distance, part));
+            const __m512i power = _mm512_maskz_subs_epu16(_mm512_test_epi16_mask(x, x), peak, below);
+            sum[0] = _mm512_add_ps(sum[0], _mm512_cvtph_ps(_mm512_castsi512_si256(power)));
+            sum[1] = _mm512_add_ps(sum[1], _mm512_cvtph_ps(_mm512_extracti64x4_epi64(power, 1)));
+        }
+        sums[c] = _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1])) * (0x1p-13f / EXP_MEAN);
+    }
 }
 
 /* The sums of 64 dimensions of g heads stay in registers. */
@@ -439,7 +547,8 @@ const retrieval_kernels retrieval_avx512 = {
     .count = count_avx512,
     .collect = collect_avx512,
     .dot_i8 = dot_i8_avx512,
-    .weigh = weigh_avx512,
+    .dot_i4 = dot_i4_avx512,
+    .cell_sums = cell_sums_avx512,
     .accumulate_i8 = accumulate_i8_avx512,
     .accumulate_rows = accumulate_rows_avx512,
     .nearest = nearest_avx512,

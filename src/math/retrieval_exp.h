@@ -6,6 +6,9 @@
 
 #include <stdint.h>
 
+/* By how much the powers are too large on average over fractions of an octave: the integral of (1 + x) 2^-x from 0 to 1. */
+#define EXP_MEAN 1.04068f
+
 enum { EXP_TOP_BITS = (13 + 15) << 10 }; /* 2^13 */
 
 typedef struct exp_scale {

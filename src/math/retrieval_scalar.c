@@ -46,20 +46,30 @@ static void scan_scalar(const uint8_t *codes, int n_sub, int64_t n_blocks, const
         }
 }
 
-static float exp_sum_scalar(const uint16_t *keys, int64_t n, float step, uint16_t *top)
+static float power_sum(const uint16_t *keys, int64_t n, exp_scale scale, uint16_t top)
 {
-    exp_scale scale = exp_scale_make(step);
     float sum = 0;
-    *top = 0;
-    for (int64_t i = 0; i < n; i++)
-        if (keys[i] > *top) *top = keys[i];
     for (int64_t i = 0; i < n; i++) {
-        uint32_t distance = (uint32_t)(*top - keys[i]);
+        uint32_t distance = (uint32_t)(top - keys[i]);
         if (distance > scale.most) distance = scale.most;
         uint32_t below = distance * scale.whole + (distance * scale.part >> 16);
         if (keys[i] > 0 && below < EXP_TOP_BITS) sum += f16_to_f32((uint16_t)(EXP_TOP_BITS - below));
     }
     return sum * 0x1p-13f;
+}
+
+static float exp_sum_scalar(const uint16_t *keys, int64_t n, float step, uint16_t *top)
+{
+    *top = 0;
+    for (int64_t i = 0; i < n; i++)
+        if (keys[i] > *top) *top = keys[i];
+    return power_sum(keys, n, exp_scale_make(step), *top);
+}
+
+static void cell_sums_scalar(const uint16_t *keys, const uint32_t *begin, int64_t n_cells, float step, uint16_t top, float *sums)
+{
+    const exp_scale scale = exp_scale_make(step);
+    for (int64_t c = 0; c < n_cells; c++) sums[c] = power_sum(keys + begin[c], begin[c + 1] - begin[c], scale, top) / EXP_MEAN;
 }
 
 static void merge_scalar(const uint16_t *keys, int64_t stride, int g, const uint16_t *up, const uint16_t *down, int64_t n, uint16_t *out)
@@ -105,14 +115,21 @@ static void dot_i8_scalar(const float *q, int g, int d, const int8_t *x, const f
     }
 }
 
-static float weigh_scalar(float *e, const float *left, float factor, int64_t n)
+static void dot_i4_scalar(const int8_t *q, const float *factor, const float *bias, int g, int d, const uint8_t *x, const float *scale,
+                          const int32_t *at, int64_t n, uint16_t *out, int64_t stride, uint16_t *top)
 {
-    float mass = 0;
-    for (int64_t c = 0; c < n; c++) {
-        e[c] = left[c] > 0 ? e[c] * factor : 0;
-        mass += e[c] * left[c];
+    const int half = d / 2;
+    for (int64_t i = 0; i < n; i++) {
+        const uint8_t *row = x + (size_t)at[i] * (size_t)half;
+        for (int h = 0; h < g; h++) {
+            int32_t sum = 0;
+            for (int j = 0; j < half; j++) sum += q[h * d + j] * ((row[j] & 15) - 8) + q[h * d + half + j] * ((row[j] >> 4) - 8);
+            const float steps = rintf(bias[h] + factor[h] * (scale[at[i]] * (float)sum));
+            const uint16_t score = steps < 1 ? 1 : steps < UINT16_MAX ? (uint16_t)steps : UINT16_MAX;
+            out[h * stride + i] = score;
+            if (score > top[h]) top[h] = score;
+        }
     }
-    return mass;
 }
 
 static void accumulate_i8_scalar(const float *w, int64_t stride, int g, int d, const int8_t *x, const float *scale, int64_t n, float *o)
@@ -190,7 +207,8 @@ const retrieval_kernels retrieval_scalar = {
     .count = count_scalar,
     .collect = collect_scalar,
     .dot_i8 = dot_i8_scalar,
-    .weigh = weigh_scalar,
+    .dot_i4 = dot_i4_scalar,
+    .cell_sums = cell_sums_scalar,
     .accumulate_i8 = accumulate_i8_scalar,
     .accumulate_rows = accumulate_rows_scalar,
     .nearest = nearest_scalar,

@@ -188,11 +188,25 @@ void vq_pack(int n_sub, const int32_t *assign, int64_t n, int64_t first, uint8_t
 
 /* ---- int8 vectors ---- */
 
-float vq_quantise_i8(const float *x, int d, int8_t *out)
+/* The largest magnitude; 0 for what is so small that its inverse would not be finite. */
+static float largest(const float *x, int d)
 {
     float most = 0;
     for (int i = 0; i < d; i++) most = fmaxf(most, fabsf(x[i]));
-    if (!(most > 1e-30f)) { /* also keeps the inverse finite */
+    return most > 1e-30f ? most : 0;
+}
+
+float vq_quantise_i4(const float *x, int d, uint8_t *out)
+{
+    const float most = largest(x, d), scale = most / 7, inverse = most > 0 ? 1 / scale : 0;
+    for (int i = 0; i < d / 2; i++) out[i] = (uint8_t)((lrintf(x[i] * inverse) + 8) | (lrintf(x[d / 2 + i] * inverse) + 8) << 4);
+    return scale;
+}
+
+float vq_quantise_i8(const float *x, int d, int8_t *out)
+{
+    const float most = largest(x, d);
+    if (most == 0) {
         memset(out, 0, (size_t)d);
         return 0;
     }

@@ -98,4 +98,8 @@ static inline size_t vq_code_bytes(int n_sub, int64_t n)
 /* x[d] = scale * out to half a step; returns scale (0 for a zero vector). */
 float vq_quantise_i8(const float *x, int d, int8_t *out);
 
+/* x[d] = scale * (nibble - 8) to half a step, nibbles 1 to 15, in bytes out[d / 2] as dot_i4 reads them (math/retrieval.h); returns scale
+ * (0 for a zero vector). d is even. */
+float vq_quantise_i4(const float *x, int d, uint8_t *out);
+
 #endif
