@@ -79,18 +79,18 @@ static void passages_have_lines_and_bytes(void **state)
     /*                  0         10          20   22              */
     const char *text = "First one.\r\nZwölf €.\r\n\r\n  Last\r\n words here.";
     const size_t starts[] = {0, 5, 12, 24, 36};
-    const double weights[] = {0, 1, 3, 0, 13};
+    const double weights[] = {0, 2, 3, 0, 13};
     const passage_source source = {text, strlen(text), starts, weights, 5};
     quarry_citation *c;
     assert_int_equal(find(&source, 1, 10, &c), 2);
     assert_int_equal(c[0].first_line, 4);
     assert_int_equal(c[0].last_line, 5);
     assert_memory_equal(text + c[0].first_byte, "Last\r\n words here.", c[0].end_byte - c[0].first_byte);
-    assert_true(fabs(c[0].share - 13.0 / 17) < 1e-12);
-    assert_int_equal(c[1].first_line, 1); /* 1 is a fair part of 3, but 3 none of 13 */
+    assert_true(fabs(c[0].share - 13.0 / 18) < 1e-12);
+    assert_int_equal(c[1].first_line, 1); /* 2 is a fair part of 3, but 3 none of 13 */
     assert_int_equal(c[1].last_line, 2);
     assert_memory_equal(text + c[1].first_byte, "First one.\r\nZwölf €.", c[1].end_byte - c[1].first_byte);
-    assert_true(fabs(c[1].share - 4.0 / 17) < 1e-12);
+    assert_true(fabs(c[1].share - 5.0 / 18) < 1e-12);
     memory_free(c);
 }
 

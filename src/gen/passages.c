@@ -11,7 +11,7 @@ enum {
 };
 
 #define LEAST_SHARE 0.01    /* of a passage */
-#define NEIGHBOUR_PART 0.25 /* of the best sentence's weight that its neighbours need to join it */
+#define NEIGHBOUR_PART 0.5 /* of the best sentence's weight that its neighbours need to join it */
 
 /* ---- sentences ---- */
 
