@@ -17,7 +17,8 @@ void session_allow_beyond_training(quarry_session *session);
 
 /* Feeds tokens (sparse) and copies the logits after each of them to logits[n][n_vocab]: teacher forcing. */
 quarry_code session_feed_logits(quarry_session *session, const int32_t *tokens, int64_t n, float *logits, quarry_error *error);
-/* Whom the rows of tokens fed or generated from now on tell what they read; NULL: nobody. Lives as long as the session or until the next call; a fork has none. */
+/* Whom the rows of tokens fed or generated from now on tell what they read; NULL: nobody. Lives as long as the session or until the next call; a fork has none. quarry_session_cite
+ * sets its own. */
 void session_set_observer(quarry_session *session, const attn_observer *observer);
 /* What the sparse tokens (fed and generated) read since the session was opened or forked, in all layers and KV heads. */
 attn_cost session_cost(const quarry_session *session);

@@ -10,7 +10,7 @@ enum {
     PASSAGE_BYTES = 1000, /* a passage of several sentences is no longer */
 };
 
-#define LEAST_SHARE 0.01    /* of a passage */
+#define LEAST_SHARE 0.01   /* of a passage */
 #define NEIGHBOUR_PART 0.5 /* of the best sentence's weight that its neighbours need to join it */
 
 /* ---- sentences ---- */
