@@ -4,7 +4,8 @@
 #include "cli/cli.h"
 
 static const cli_command *const commands[] = {
-    &command_ask, &command_run, &command_info, &command_tokenize, &command_bench, &command_eval_kld, &command_eval_needle,
+    &command_ask,   &command_run,      &command_info,        &command_tokenize,
+    &command_bench, &command_eval_kld, &command_eval_needle, &command_eval_report,
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 

@@ -3,6 +3,8 @@
 #ifndef EVAL_EVAL_H
 #define EVAL_EVAL_H
 
+#include <stdio.h>
+
 #include "base/base.h"
 #include "eval/journal.h"
 #include "gen/gen.h"
@@ -207,6 +209,14 @@ typedef void (*needle_answer_fn)(const needle_answer *answer, void *data);
 /* results[1 + n_attn]: "full" first. on_answer may be NULL. Errors as kld_measure; UNSUPPORTED when the model has no known chat template. */
 quarry_code needle_measure(quarry_model *model, const needle_params *params, const quarry_watch *watch, needle_answer_fn on_answer,
                            void *data, needle_result *results, quarry_error *error);
+
+/* ---- report.c: a page of what evaluations printed with --json (docs/eval.md) ---- */
+
+/* Reads paths[n] and writes out, whole or not at all. Errors IO, FORMAT (names the file and what is wrong with it), MEMORY. */
+quarry_code report_write(const char *const *paths, int n, const char *out, quarry_error *error);
+/* Its two halves: an envelope from text (*envelope is the caller's also on failure, and may then be NULL), and the page. */
+quarry_code report_check(const char *name, const char *text, size_t n_bytes, json_t **envelope, quarry_error *error);
+quarry_code report_render(FILE *out, const char *const *names, json_t *const *envelopes, int n, quarry_error *error);
 
 /* ---- speed.c: tokens per second, and seconds ---- */
 

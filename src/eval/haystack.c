@@ -47,7 +47,7 @@ int needle_question(const needle *s, char *out, size_t capacity)
 
 int needle_answer_sentence(const needle *s, char *out, size_t capacity)
 {
-    return snprintf(out, capacity, "The special magic number for %s mentioned in the provided text is %s", s->key, s->number);
+    return snprintf(out, capacity, "The special magic number for %s mentioned in the provided text is: %s", s->key, s->number);
 }
 
 static bool is_digit(char c)
