@@ -117,6 +117,10 @@ void ivfpq_catch_up(ivfpq *p);
 
 quarry_code ivfpq_select(const attn_policy *p, int layer, int head, const kv_seq *kv, const float *q, int64_t pos,
                          const attention_state *near, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error);
+/* For policies that choose in their own way and take the tail from an ivfpq beside them: ids[n], ascending, were chosen; *out receives
+ * them and what has no code, each once, and what ivfpq_tail needs. All that it reads counts as tail. */
+quarry_code ivfpq_cover(const attn_policy *p, int layer, int head, const float *q, const attention_state *near, const int32_t *ids,
+                        int64_t n, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error);
 void ivfpq_tail(const attn_policy *p, int layer, int head, const float *q, const attn_selection *sel, const float *scores,
                 const void *const *rows, arena *scratch, attention_state *state, attn_cost *cost);
 

@@ -2,6 +2,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "attn/choose.h"
 #include "attn/ivfpq.h"
 
 enum {
@@ -59,11 +60,6 @@ typedef struct found {
 
 enum { FOUND_BYTES = (sizeof(found) + 63) / 64 * 64 };
 
-static int64_t padded(int64_t n)
-{
-    return (n + SCAN_BLOCK - 1) / SCAN_BLOCK * SCAN_BLOCK;
-}
-
 static bool views_make(search *s, int part, arena *scratch, quarry_error *error)
 {
     const ivfpq *p = s->p;
@@ -81,7 +77,7 @@ static bool views_make(search *s, int part, arena *scratch, quarry_error *error)
         v->cluster = s->n_clusters;
         s->n_tokens += v->n;
         s->n_forced += v->n - v->n_coded;
-        s->n_keys += padded(v->n);
+        s->n_keys += cut_padded(v->n);
         s->n_clusters += v->n_coded ? v->part.status->n_clusters : 0;
     }
     return true;
@@ -165,9 +161,9 @@ static void scan_views(search *s, const tables *t)
                                      t->bytes + (size_t)h * cells);
             offset[h] = (uint16_t)(1 + lrintf(fmaxf(0, fminf((t->base[at] - floor[h]) / s->step, span))));
         }
-        s->kernels->scan(v->part.codes, s->n_sub, padded(v->n_coded) / SCAN_BLOCK, t->bytes, g, offset, s->scores + v->key, s->n_keys);
+        s->kernels->scan(v->part.codes, s->n_sub, cut_padded(v->n_coded) / SCAN_BLOCK, t->bytes, g, offset, s->scores + v->key, s->n_keys);
         for (int h = 0; h < g; h++)
-            memset(s->scores + h * s->n_keys + v->key + v->n_coded, 0, (size_t)(padded(v->n) - v->n_coded) * sizeof *s->scores);
+            memset(s->scores + h * s->n_keys + v->key + v->n_coded, 0, (size_t)(cut_padded(v->n) - v->n_coded) * sizeof *s->scores);
     }
 }
 
@@ -192,7 +188,7 @@ static void merge_heads(search *s, const attention_state *near)
     }
     s->kernels->merge(s->scores, s->n_keys, s->g, s->up, s->down, s->n_keys, s->keys);
     for (const view *v = s->views; v < s->views + s->n_views; v++) {
-        for (int64_t t = v->n_coded; t < padded(v->n); t++) s->keys[v->key + t] = t < v->n ? FORCED : 0;
+        for (int64_t t = v->n_coded; t < cut_padded(v->n); t++) s->keys[v->key + t] = t < v->n ? FORCED : 0;
     }
 }
 
@@ -204,34 +200,6 @@ static bool score_tokens(search *s, const attention_state *near, arena *scratch,
     scan_views(s, &t);
     merge_heads(s, near);
     return true;
-}
-
-/* Which keys are selected: those above the threshold and n_ties of those that equal it, k in all. */
-typedef struct cut {
-    int64_t k, n_ties;
-    uint16_t threshold;
-} cut;
-
-/* The largest threshold that at least k of keys[n] reach. It lies in [low, high), which `reach` and `above` keys reach: reach >= k > above. */
-static cut find_cut(const search *s, const uint16_t *keys, int64_t n, int64_t k, int low, int64_t reach, int high, int64_t above)
-{
-    while (high - low > 1) {
-        /* counts fall about exponentially with the key, so their logarithms are interpolated, away from the ends so that the range
-         * always shrinks by an eighth */
-        float share = logf((float)reach / (float)k) / logf((float)reach / ((float)above + 0.5f));
-        share = fminf(0.875f, fmaxf(0.125f, share));
-        int middle = low + (int)(share * (float)(high - low));
-        middle = middle <= low ? low + 1 : middle;
-        int64_t count = s->kernels->count(keys, n, (uint16_t)middle);
-        if (count >= k) {
-            low = middle;
-            reach = count;
-        } else {
-            high = middle;
-            above = count;
-        }
-    }
-    return (cut){k, k - above, (uint16_t)low};
 }
 
 /* How many tokens to read: those without a code, and of the others a share, at least a floor. */
@@ -249,17 +217,6 @@ static int key_of(const search *s, float log_weight)
     return key < FORCED ? (int)fmaxf(key, 1) : FORCED;
 }
 
-enum { BEYOND = UINT16_MAX + 1 };
-
-/* At least so many of keys[n], and all that reach `heavy` as far as they are not more than `most`. */
-static cut cut_between(const search *s, const uint16_t *keys, int64_t n, int64_t least, int64_t most, int heavy)
-{
-    int64_t n_heavy = s->kernels->count(keys, n, (uint16_t)heavy);
-    if (n_heavy < least) return find_cut(s, keys, n, least, 0, n, heavy, n_heavy);
-    if (n_heavy > most) return find_cut(s, keys, n, most, heavy, n_heavy, BEYOND, 0);
-    return (cut){n_heavy, n_heavy, (uint16_t)heavy};
-}
-
 static int64_t share_of(const search *s, double share)
 {
     return s->n_forced + (int64_t)ceil(share * (double)(s->n_tokens - s->n_forced));
@@ -270,8 +227,8 @@ static cut cut_to_read(const search *s, const uint16_t *keys, int64_t n)
 {
     const ivfpq_options *o = &s->p->options;
     int64_t least = least_wanted(s), most = share_of(s, o->max);
-    if (o->threshold == 0 || most <= least) return find_cut(s, keys, n, least, 0, n, BEYOND, 0);
-    return cut_between(s, keys, n, least, most, key_of(s, logf((float)o->threshold)));
+    if (o->threshold == 0 || most <= least) return cut_find(s->kernels, keys, n, least, 0, n, CUT_BEYOND, 0);
+    return cut_between(s->kernels, keys, n, least, most, key_of(s, logf((float)o->threshold)));
 }
 
 /* What is estimated again. */
@@ -281,14 +238,14 @@ static cut cut_to_refine(const search *s)
     const ivfpq_options *o = &s->p->options;
     int64_t least = ivfpq_min64(s->n_tokens, 2 * least_wanted(s) + SPARE), most = share_of(s, o->refine);
     if (most < least) most = least;
-    if (o->threshold == 0) return find_cut(s, s->keys, s->n_keys, most, 0, s->n_keys, BEYOND, 0);
-    return cut_between(s, s->keys, s->n_keys, least, most, key_of(s, logf((float)o->threshold) - (float)o->margin));
+    if (o->threshold == 0) return cut_find(s->kernels, s->keys, s->n_keys, most, 0, s->n_keys, CUT_BEYOND, 0);
+    return cut_between(s->kernels, s->keys, s->n_keys, least, most, key_of(s, logf((float)o->threshold) - (float)o->margin));
 }
 
 static bool candidates_make(candidates *c, int64_t n, arena *scratch, quarry_error *error)
 {
     c->at = arena_alloc(scratch, (size_t)n + SCAN_BLOCK, sizeof *c->at, error);
-    c->keys = arena_alloc(scratch, (size_t)padded(n), sizeof *c->keys, error);
+    c->keys = arena_alloc(scratch, (size_t)cut_padded(n), sizeof *c->keys, error);
     return c->at && c->keys;
 }
 
@@ -316,7 +273,7 @@ static bool query_make(query_i8 *to, const search *s, arena *scratch, quarry_err
 static bool refine(search *s, candidates *c, arena *scratch, attn_cost *cost, quarry_error *error)
 {
     int g = s->g;
-    const int64_t stride = padded(c->n);
+    const int64_t stride = cut_padded(c->n);
     query_i8 query;
     uint16_t *scores = arena_alloc(scratch, (size_t)g * (size_t)stride, sizeof *scores, error);
     int32_t *slots = arena_alloc(scratch, (size_t)c->n, sizeof *slots, error);
@@ -327,7 +284,7 @@ static bool refine(search *s, candidates *c, arena *scratch, attn_cost *cost, qu
         const view *v = &s->views[j];
         int64_t first = i, n = 0;
         for (; i < c->n && c->at[i] < v->key + v->n_coded; i++) slots[n++] = (int32_t)(c->at[i] - v->key);
-        while (i < c->n && c->at[i] < v->key + padded(v->n)) i++; /* those without a code */
+        while (i < c->n && c->at[i] < v->key + cut_padded(v->n)) i++; /* those without a code */
         for (int h = 0; h < g; h++) query.bias[h] = (s->centre[j * g + h] - s->base[h]) / s->step;
         s->kernels->dot_i4(query.q, query.factor, query.bias, g, s->d, v->part.keys, v->part.key_scale, slots, n, scores + first, stride,
                            s->top);
@@ -342,7 +299,7 @@ static bool refine(search *s, candidates *c, arena *scratch, attn_cost *cost, qu
     for (int64_t j = 0, t = 0; j < s->n_views; j++) {
         const view *v = &s->views[j];
         while (t < c->n && c->at[t] < v->key + v->n_coded) t++;
-        for (; t < c->n && c->at[t] < v->key + padded(v->n); t++) c->keys[t] = FORCED;
+        for (; t < c->n && c->at[t] < v->key + cut_padded(v->n); t++) c->keys[t] = FORCED;
     }
     memset(c->keys + c->n, 0, (size_t)(stride - c->n) * sizeof *c->keys);
     return true;
@@ -353,7 +310,7 @@ static bool keep(const search *s, candidates *c, cut to, arena *scratch, quarry_
 {
     int32_t *chosen = arena_alloc(scratch, (size_t)to.k + SCAN_BLOCK, sizeof *chosen, error);
     if (!chosen) return false;
-    c->n = s->kernels->collect(c->keys, padded(c->n), to.threshold, &to.n_ties, 0, chosen);
+    c->n = s->kernels->collect(c->keys, cut_padded(c->n), to.threshold, &to.n_ties, 0, chosen);
     for (int64_t i = 0; i < c->n; i++) c->at[i] = c->at[chosen[i]];
     return true;
 }
@@ -377,7 +334,7 @@ static bool find(const search *s, const candidates *c, attn_selection *out, aren
     *out = (attn_selection){.ids = (int32_t *)(memory + FOUND_BYTES), .n = c->n};
     const view *v = s->views;
     for (int64_t i = 0; i < c->n; i++) {
-        while (c->at[i] >= v->key + padded(v->n)) v++;
+        while (c->at[i] >= v->key + cut_padded(v->n)) v++;
         int64_t slot = c->at[i] - v->key, ahead = i + AHEAD < c->n ? c->at[i + AHEAD] - v->key : v->n;
         if (ahead < v->n_coded) {
             __builtin_prefetch(&v->part.order[ahead]);
@@ -392,30 +349,72 @@ static bool find(const search *s, const candidates *c, attn_selection *out, aren
     return true;
 }
 
+static bool search_make(search *s, const ivfpq *p, int layer, int head, const float *q, arena *scratch, quarry_error *error)
+{
+    *s = (search){.p = p, .kernels = p->base.kernels->retrieval, .g = p->group, .d = p->d, .n_sub = p->n_sub};
+    if (!views_make(s, layer * p->base.shape.kv.n_head_kv + head, scratch, error)) return false;
+    s->q = arena_alloc(scratch, (size_t)s->g * (size_t)s->d, sizeof *s->q, error);
+    s->scores = arena_alloc(scratch, (size_t)s->g * (size_t)s->n_keys + SCAN_BLOCK, sizeof *s->scores, error);
+    s->keys = arena_alloc(scratch, (size_t)s->n_keys, sizeof *s->keys, error);
+    s->centre = arena_alloc(scratch, (size_t)s->n_views * (size_t)s->g, sizeof *s->centre, error);
+    if (!s->q || !s->scores || !s->keys || !s->centre) return false;
+    for (int i = 0; i < s->g * s->d; i++) s->q[i] = q[i] * p->base.shape.scale;
+    return true;
+}
+
 quarry_code ivfpq_select(const attn_policy *policy, int layer, int head, const kv_seq *kv, const float *q, int64_t pos,
                          const attention_state *near, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error)
 {
     (void)kv, (void)pos; /* n_far <= pos */
     const ivfpq *p = (const ivfpq *)policy;
-    search s = {.p = p, .kernels = p->base.kernels->retrieval, .g = p->group, .d = p->d, .n_sub = p->n_sub};
-    if (!views_make(&s, layer * p->base.shape.kv.n_head_kv + head, scratch, error)) return QUARRY_ERROR_MEMORY;
+    search s;
+    if (!search_make(&s, p, layer, head, q, scratch, error)) return QUARRY_ERROR_MEMORY;
     *out = (attn_selection){.all = least_wanted(&s) >= s.n_tokens};
     if (out->all) return QUARRY_OK;
-    s.q = arena_alloc(scratch, (size_t)s.g * (size_t)s.d, sizeof *s.q, error);
-    s.scores = arena_alloc(scratch, (size_t)s.g * (size_t)s.n_keys + SCAN_BLOCK, sizeof *s.scores, error);
-    s.keys = arena_alloc(scratch, (size_t)s.n_keys, sizeof *s.keys, error);
-    s.centre = arena_alloc(scratch, (size_t)s.n_views * (size_t)s.g, sizeof *s.centre, error);
-    if (!s.q || !s.scores || !s.keys || !s.centre) return QUARRY_ERROR_MEMORY;
-    for (int i = 0; i < s.g * s.d; i++) s.q[i] = q[i] * p->base.shape.scale;
     if (!score_tokens(&s, near, scratch, cost, error)) return QUARRY_ERROR_MEMORY;
     candidates c;
     bool twice = p->options.refine > 0;
     if (!gather(&s, twice ? cut_to_refine(&s) : cut_to_read(&s, s.keys, s.n_keys), &c, scratch, error)) return QUARRY_ERROR_MEMORY;
     if (twice) {
         if (!refine(&s, &c, scratch, cost, error)) return QUARRY_ERROR_MEMORY;
-        if (!keep(&s, &c, cut_to_read(&s, c.keys, padded(c.n)), scratch, error)) return QUARRY_ERROR_MEMORY;
+        if (!keep(&s, &c, cut_to_read(&s, c.keys, cut_padded(c.n)), scratch, error)) return QUARRY_ERROR_MEMORY;
     }
     return find(&s, &c, out, scratch, cost, error) ? QUARRY_OK : QUARRY_ERROR_MEMORY;
+}
+
+/* Where the keys of the far tokens are: place[position - ATTN_SINKS]. */
+static int32_t *places(const search *s, arena *scratch, quarry_error *error)
+{
+    int32_t *place = arena_alloc(scratch, (size_t)s->n_tokens, sizeof *place, error);
+    for (const view *v = s->views; place && v < s->views + s->n_views; v++)
+        for (int64_t slot = 0; slot < v->n_coded; slot++) place[v->first - ATTN_SINKS + v->part.order[slot]] = (int32_t)(v->key + slot);
+    return place;
+}
+
+quarry_code ivfpq_cover(const attn_policy *policy, int layer, int head, const float *q, const attention_state *near, const int32_t *ids,
+                        int64_t n, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error)
+{
+    const ivfpq *p = (const ivfpq *)policy;
+    search s;
+    attn_cost own = {0};
+    candidates c;
+    if (!search_make(&s, p, layer, head, q, scratch, error)) return QUARRY_ERROR_MEMORY;
+    *out = (attn_selection){.all = s.n_forced == s.n_tokens};
+    if (out->all) return QUARRY_OK;
+    if (!score_tokens(&s, near, scratch, &own, error)) return QUARRY_ERROR_MEMORY;
+    if (p->options.refine > 0)
+        if (!gather(&s, cut_to_refine(&s), &c, scratch, error) || !refine(&s, &c, scratch, &own, error)) return QUARRY_ERROR_MEMORY;
+    const int32_t *place = places(&s, scratch, error);
+    if (!place || !candidates_make(&c, n + s.n_forced, scratch, error)) return QUARRY_ERROR_MEMORY;
+    c.n = 0;
+    for (const view *v = s.views; v < s.views + s.n_views; v++) {
+        for (; n > 0 && *ids < v->first + v->n; ids++, n--)
+            if (*ids < v->first + v->n_coded) c.at[c.n++] = place[*ids - ATTN_SINKS];
+        for (int64_t t = v->n_coded; t < v->n; t++) c.at[c.n++] = (int32_t)(v->key + t);
+    }
+    if (!find(&s, &c, out, scratch, &own, error)) return QUARRY_ERROR_MEMORY;
+    cost->tail_bytes += attn_cost_bytes(&own, 0);
+    return QUARRY_OK;
 }
 
 /* left[c] = how many tokens of cluster c are not read. */

@@ -4,6 +4,7 @@
 
 #include "attn/attn.h"
 
-extern const attn_policy_type attn_ivfpq, attn_full, attn_window;
+extern const attn_policy_type attn_ivfpq, attn_full, attn_window, attn_oracle, attn_quest, attn_meanstd, attn_pqcache, attn_snapkv,
+    attn_magicpig, attn_clusters;
 
 #endif
