@@ -23,14 +23,14 @@ SPECS = {}
 FURTHER = ["ivfpq:budget=0.1", "ivfpq:tail=0"]
 
 # Largest difference: relative part, absolute part. About three times what --compare finds between instruction sets (KLD 1.9 %, dNLL 0.017, top-1 0.042,
-# perplexity 1.7 %, mass 0.0004, recall 0.0005; what is read is the same); the model is random, so its predictions hang on roundings more than a real one's.
+# perplexity 1.7 %, mass 0.0004, recall 0.0026: k-means that falls otherwise; what is read is the same); the model is random, so its predictions hang on roundings more than a real one's.
 TOLERANCES = {
     "kld": (0.06, 1e-6),
     "dnll": (0, 0.05),
     "top1": (0, 0.12),
     "perplexity": (0.05, 0),
     "mass": (0, 0.0015),
-    "recall": (0, 0.002),
+    "recall": (0, 0.008),
     "rows": (0.005, 0),
     "index": (0.005, 0),
     "tables": (0.005, 0),
