@@ -18,14 +18,27 @@ enum {
     ATTN_WINDOW = 64,
     ATTN_BLOCK = 32,        /* tokens move from the window to the index in blocks of this size */
     ATTN_HEAD_MULTIPLE = 8, /* head_dim must be a multiple */
+    ATTN_OPTION_TEXT = 512, /* bytes of an option that is text, with its NUL */
     ATTN_MAX_GROUP = 64     /* query heads that share a KV head, at most */
 };
 
+/* How keys and queries were rotated; the model's. */
+typedef struct attn_rope {
+    int n_rot;
+    bool halves;           /* pairs (i, i + n_rot/2) instead of (2i, 2i+1) */
+    const double *inverse; /* [n_rot / 2] radians per position */
+} attn_rope;
+
 typedef struct attn_shape {
     kv_shape kv;
-    int n_head;  /* query heads; group = n_head / n_head_kv */
-    float scale; /* 1 / sqrt(head_dim) */
+    int n_head;           /* query heads; group = n_head / n_head_kv */
+    float scale;          /* 1 / sqrt(head_dim) */
+    attn_rope rope;       /* for policies that need keys before RoPE; n_rot == 0: none */
+    uint64_t fingerprint; /* of the model's tensors and tokenizer, for what was calibrated on it */
 } attn_shape;
+
+/* Turns x[d] from one position to another `by` positions on; by = -pos undoes RoPE. */
+void attn_rotate(const attn_rope *rope, const math_kernels *kernels, int64_t by, float *x);
 
 /* ---- policies ---- */
 
@@ -111,10 +124,38 @@ void attn_policy_destroy(attn_policy *p); /* NULL allowed */
 /* Option strings: reads "key=value" pairs into fields. */
 typedef struct attn_option {
     const char *key;
-    double *value;
+    void *value; /* double; where min and max are both 0 char[ATTN_OPTION_TEXT], a text without commas */
     double min, max;
 } attn_option;
 quarry_code attn_options_parse(const char *policy, const char *spec, const attn_option *options, int n_options, quarry_error *error);
+
+/* ---- codebook.c: what `quarry calibrate` makes and the policy a2ats reads (docs/a2ats.md) ---- */
+
+enum { CODEBOOK_HEADER = 128 };
+
+/* What a codebook was made for and how. */
+typedef struct codebook_header {
+    uint64_t fingerprint, text_digest, seed;
+    int64_t n_text, n_random; /* tokens of the calibration text, and of random UUIDs */
+    int32_t n_layer, n_head_kv, head_dim, n_centroids, iterations, distance;
+    bool exact_rope; /* keys are coded after RoPE instead of before it */
+    bool plain;      /* H is the identity */
+} codebook_header;
+
+/* Of one (layer, KV head). */
+typedef struct codebook_head {
+    float *lower;        /* [d][d] L */
+    uint16_t *centroids; /* [n_centroids][d] f16, C L^-1: a score is their product with the query */
+    int32_t iterations;  /* used */
+} codebook_head;
+
+void codebook_header_pack(const codebook_header *h, uint8_t out[CODEBOOK_HEADER]);
+/* FORMAT, UNSUPPORTED (version); name is the file's, for messages. */
+quarry_code codebook_header_parse(codebook_header *h, const uint8_t *bytes, size_t n_bytes, const char *name, quarry_error *error);
+size_t codebook_record_bytes(const codebook_header *h); /* of one head, 0 if beyond reason */
+void codebook_record_pack(const codebook_header *h, const codebook_head *head, uint8_t *out);
+/* Copies into head's memory; false if the record is damaged. */
+bool codebook_record_parse(const codebook_header *h, const uint8_t *bytes, codebook_head *head);
 
 /* ---- keeping the index: what a session calls after rows were committed ---- */
 

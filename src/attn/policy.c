@@ -7,7 +7,7 @@
 #include "attn/policies.h"
 
 const attn_policy_type *const attn_policies[] = {&attn_ivfpq,   &attn_full,   &attn_window,   &attn_oracle,   &attn_quest, &attn_meanstd,
-                                                 &attn_pqcache, &attn_snapkv, &attn_magicpig, &attn_clusters, NULL};
+                                                 &attn_pqcache, &attn_snapkv, &attn_magicpig, &attn_clusters, &attn_a2ats, NULL};
 
 static quarry_code unknown_policy(const char *name, size_t n, quarry_error *error)
 {
@@ -42,13 +42,21 @@ static quarry_code set_option(const char *policy, const char *key, size_t n_key,
     char number[64], *end;
     for (int i = 0; i < n_options; i++) {
         if (strlen(options[i].key) != n_key || memcmp(options[i].key, key, n_key) != 0) continue;
+        if (options[i].min == 0 && options[i].max == 0) {
+            if (n_value == 0 || n_value >= ATTN_OPTION_TEXT)
+                return error_set(error, QUARRY_ERROR_ARGUMENT, "policy %s: %s must be a text of 1 to %d bytes", policy, options[i].key,
+                                 ATTN_OPTION_TEXT - 1);
+            char *text = memcpy(options[i].value, value, n_value);
+            text[n_value] = '\0';
+            return QUARRY_OK;
+        }
         snprintf(number, sizeof number, "%.*s", (int)n_value, value);
         errno = 0;
         double x = strtod(number, &end);
         if (n_value == 0 || n_value >= sizeof number || *end || errno || !(x >= options[i].min && x <= options[i].max))
             return error_set(error, QUARRY_ERROR_ARGUMENT, "policy %s: %s must be a number from %g to %g, not '%.*s'", policy,
                              options[i].key, options[i].min, options[i].max, (int)n_value, value);
-        *options[i].value = x;
+        *(double *)options[i].value = x;
         return QUARRY_OK;
     }
     char known[256] = "";

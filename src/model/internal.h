@@ -46,6 +46,7 @@ struct quarry_model {
     weight output;        /* the same; not used when tied */
     bool tied;            /* output is embedding */
     double *rope_inverse; /* [n_rot / 2] radians per position */
+    uint64_t fingerprint; /* of tensors and tokenizer */
     void **copies;        /* source blocks read into memory that weights refer to (no mmap, types without a packed layout) */
     int64_t n_copies;
     pthread_mutex_t forward_lock;

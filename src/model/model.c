@@ -1,4 +1,7 @@
 /* Opening a model: metadata to shape, then weights, tokenizer and chat template. */
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
 #include "model/model.h"
 
 #include <math.h>
@@ -123,6 +126,34 @@ static quarry_code find_chat(quarry_model *m, const char *family, quarry_error *
     return QUARRY_OK;
 }
 
+/* Of the tensors' names, shapes and data, and of the texts of all tokens (XXH3, 64 bits). */
+static quarry_code take_fingerprint(quarry_model *m, quarry_error *error)
+{
+    XXH3_state_t *state = memory_aligned(1, sizeof *state, "fingerprint", error);
+    if (!state) return QUARRY_ERROR_MEMORY;
+    quarry_code code = QUARRY_OK;
+    XXH3_64bits_reset(state);
+    for (int64_t i = 0; i < gguf_n_tensors(m->file) && code == QUARRY_OK; i++) {
+        const gguf_tensor *t = gguf_tensor_at(m->file, i);
+        void *copy = NULL;
+        const void *data = gguf_tensor_data(m->file, t, &copy, error);
+        if (!data) code = QUARRY_ERROR_IO;
+        XXH3_64bits_update(state, t->name, strlen(t->name));
+        XXH3_64bits_update(state, t->dims, sizeof t->dims);
+        if (data) XXH3_64bits_update(state, data, t->n_bytes);
+        memory_free(copy);
+    }
+    for (int32_t i = 0; i < m->shape.n_vocab && code == QUARRY_OK; i++) {
+        size_t n;
+        const char *text = tokenizer_token_bytes(m->tokenizer, i, &n);
+        XXH3_64bits_update(state, &n, sizeof n);
+        XXH3_64bits_update(state, text, n);
+    }
+    m->fingerprint = XXH3_64bits_digest(state);
+    memory_free(state);
+    return code;
+}
+
 static quarry_code open_parts(quarry_model *m, const char *path, const quarry_model_params *params, quarry_error *error)
 {
     quarry_code code;
@@ -138,6 +169,7 @@ static quarry_code open_parts(quarry_model *m, const char *path, const quarry_mo
     if ((code = read_shape(m, error)) != QUARRY_OK) return code;
     if ((code = copy_string(m->file, "general.name", &m->name, error)) != QUARRY_OK) return code;
     if ((code = find_chat(m, params->chat_template, error)) != QUARRY_OK) return code;
+    if ((code = take_fingerprint(m, error)) != QUARRY_OK) return code;
     return model_load_weights(m, error);
 }
 
@@ -280,6 +312,8 @@ attn_shape model_attn_shape(const quarry_model *m, kv_type type)
         .kv = {.n_layer = s->n_layer, .n_head_kv = s->n_head_kv, .head_dim = s->head_dim, .type = type},
         .n_head = s->n_head,
         .scale = 1 / sqrtf((float)s->head_dim),
+        .rope = {.n_rot = s->n_rot, .halves = m->arch->rope_halves, .inverse = m->rope_inverse},
+        .fingerprint = m->fingerprint,
     };
 }
 

@@ -30,6 +30,11 @@ typedef struct vq_metric {
 /* Moments of nothing (n == 0 or all zero) give the identity. */
 quarry_code vq_metric_make(vq_metric *m, const vq_moments *h, float alpha, float shrink, arena *scratch, quarry_error *error);
 
+/* The metric of A2ATS (arXiv 2502.12665): lower[d][d] = L with L L' = H / rms(H) + shrink I, rms over the entries of H = moments[d][d], and inverse[d][d] = L^-1. Distances of
+ * rows k L are those of k under H. Moments that are all zero give the identity; UNSUPPORTED if not positive definite. In double: at shrink = 1e-6 the small eigenvalues are lost in f32. Own
+ * code, as it is a dozen lines and the library has no LAPACK. */
+quarry_code vq_cholesky(int d, const double *moments, double shrink, float *lower, float *inverse, arena *scratch, quarry_error *error);
+
 /* Coordinates in which a product code is good: y = R M^½ x with a rotation R onto the principal axes of M^½ x, dealt out to the
  * sub-vectors so that the products of their eigenvalues are balanced (Ge et al., Optimized Product Quantization, 2013, 4.2). q·x =
  * (query q)·y. Both matrices are stored by input dimension: y[j] = sum over i of x[i] forward[i][j]. */
@@ -65,6 +70,11 @@ void vq_transpose(const float *rows, int64_t row_stride, int64_t n, int d, float
  * Deterministic for a seed. */
 quarry_code vq_kmeans(const math_kernels *kernels, const vq_points *x, int k, int iterations, uint64_t seed, float *centroids,
                       int32_t *assign, int32_t *counts, arena *scratch, quarry_error *error);
+
+/* The same from k-means++ seeds until no point changes its centroid, at most `iterations` times; *used: how many were. Means are summed in double. A centroid without points
+ * stays where it is. */
+quarry_code vq_kmeans_converge(const math_kernels *kernels, const vq_points *x, int k, int iterations, uint64_t seed, float *centroids,
+                               int32_t *assign, int *used, arena *scratch, quarry_error *error);
 
 /* At most k clusters by k-means in two levels, about sqrt(k) groups and then each group by itself: a fifth of the work of one level at k
  * = 128. assign[n]; returns their number in *n_clusters (some may be empty). 1 <= k <= n. */

@@ -1,0 +1,112 @@
+/* The codebook file: a header of 128 bytes, then a record for every (layer, KV head), each with its own checksum (XXH3, 64 bits), all little-endian.
+ *
+ *     header   "QUARRYCB" version, fingerprint, parameters …             checksum at 120
+ *     record   L [d][d] f32   C L^-1 [n_centroids][d] f16   iterations u32   0 u32   checksum u64
+ *
+ * A file that is being made has fewer records and another name. */
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#include <math.h>
+#include <string.h>
+
+#include "attn/attn.h"
+
+enum { VERSION = 1 };
+
+static const char magic[8] = {'Q', 'U', 'A', 'R', 'R', 'Y', 'C', 'B'};
+
+static void put32(uint8_t *out, int32_t value)
+{
+    for (int i = 0; i < 4; i++) out[i] = (uint8_t)((uint32_t)value >> 8 * i);
+}
+
+static void put64(uint8_t *out, uint64_t value)
+{
+    for (int i = 0; i < 8; i++) out[i] = (uint8_t)(value >> 8 * i);
+}
+
+static uint64_t get64(const uint8_t *in)
+{
+    uint64_t value = 0;
+    for (int i = 7; i >= 0; i--) value = value << 8 | in[i];
+    return value;
+}
+
+static int32_t get32(const uint8_t *in)
+{
+    return (int32_t)((uint32_t)in[0] | (uint32_t)in[1] << 8 | (uint32_t)in[2] << 16 | (uint32_t)in[3] << 24);
+}
+
+void codebook_header_pack(const codebook_header *h, uint8_t out[CODEBOOK_HEADER])
+{
+    const uint64_t longs[] = {h->fingerprint, h->text_digest, h->seed, (uint64_t)h->n_text, (uint64_t)h->n_random};
+    const int32_t ints[] = {h->n_layer, h->n_head_kv, h->head_dim, h->n_centroids, h->iterations, h->distance, h->exact_rope, h->plain};
+    memset(out, 0, CODEBOOK_HEADER);
+    memcpy(out, magic, sizeof magic);
+    put32(out + 8, VERSION);
+    for (int i = 0; i < 5; i++) put64(out + 16 + 8 * i, longs[i]);
+    for (int i = 0; i < 8; i++) put32(out + 56 + 4 * i, ints[i]);
+    put64(out + 120, XXH3_64bits(out, 120));
+}
+
+quarry_code codebook_header_parse(codebook_header *h, const uint8_t *bytes, size_t n_bytes, const char *name, quarry_error *error)
+{
+    if (n_bytes < CODEBOOK_HEADER || memcmp(bytes, magic, sizeof magic) != 0)
+        return error_set(error, QUARRY_ERROR_FORMAT, "%s: not a codebook (make one with 'quarry calibrate')", name);
+    if (get32(bytes + 8) != VERSION)
+        return error_set(error, QUARRY_ERROR_UNSUPPORTED, "%s: codebook of version %d, this program reads version %d", name,
+                         get32(bytes + 8), VERSION);
+    if (get64(bytes + 120) != XXH3_64bits(bytes, 120))
+        return error_set(error, QUARRY_ERROR_FORMAT, "%s: damaged codebook: the checksum of its header is wrong", name);
+    *h = (codebook_header){
+        .fingerprint = get64(bytes + 16),
+        .text_digest = get64(bytes + 24),
+        .seed = get64(bytes + 32),
+        .n_text = (int64_t)get64(bytes + 40),
+        .n_random = (int64_t)get64(bytes + 48),
+        .n_layer = get32(bytes + 56),
+        .n_head_kv = get32(bytes + 60),
+        .head_dim = get32(bytes + 64),
+        .n_centroids = get32(bytes + 68),
+        .iterations = get32(bytes + 72),
+        .distance = get32(bytes + 76),
+        .exact_rope = get32(bytes + 80) != 0,
+        .plain = get32(bytes + 84) != 0,
+    };
+    if (h->n_layer < 1 || h->n_layer > 65536 || h->n_head_kv < 1 || h->n_head_kv > 65536 || codebook_record_bytes(h) == 0 ||
+        h->distance < 0)
+        return error_set(error, QUARRY_ERROR_FORMAT, "%s: damaged codebook: impossible sizes", name);
+    return QUARRY_OK;
+}
+
+size_t codebook_record_bytes(const codebook_header *h)
+{
+    if (h->head_dim < 1 || h->head_dim > 1024 || h->n_centroids < 1 || h->n_centroids > 65536) return 0;
+    const size_t d = (size_t)h->head_dim;
+    return d * d * sizeof(float) + (size_t)h->n_centroids * d * sizeof(uint16_t) + 16;
+}
+
+void codebook_record_pack(const codebook_header *h, const codebook_head *head, uint8_t *out)
+{
+    const size_t d = (size_t)h->head_dim, lower = d * d * sizeof(float), all = codebook_record_bytes(h);
+    memcpy(out, head->lower, lower);
+    memcpy(out + lower, head->centroids, all - 16 - lower);
+    put32(out + all - 16, head->iterations);
+    put32(out + all - 12, 0);
+    put64(out + all - 8, XXH3_64bits(out, all - 8));
+}
+
+bool codebook_record_parse(const codebook_header *h, const uint8_t *bytes, codebook_head *head)
+{
+    const size_t d = (size_t)h->head_dim, lower = d * d * sizeof(float), all = codebook_record_bytes(h);
+    if (get64(bytes + all - 8) != XXH3_64bits(bytes, all - 8)) return false;
+    memcpy(head->lower, bytes, lower);
+    memcpy(head->centroids, bytes + lower, all - 16 - lower);
+    head->iterations = get32(bytes + all - 16);
+    for (size_t i = 0; i < d * d; i++)
+        if (!isfinite(head->lower[i])) return false;
+    for (size_t i = 0; i < (size_t)h->n_centroids * d; i++)
+        if ((head->centroids[i] & 0x7c00) == 0x7c00) return false;
+    return true;
+}

@@ -1,0 +1,130 @@
+#include <nettle/sha2.h>
+#include <string.h>
+
+#include "cli/cli.h"
+#include "gen/gen.h"
+
+typedef struct calibrate_settings {
+    cli_model_options model;
+    cli_output_options output;
+    cli_list files;
+    const char *out;
+    int64_t n_tokens, n_random, n_centroids, n_iterations, distance, seed;
+    bool exact_rope, identity;
+} calibrate_settings;
+
+static const cli_option calibrate_table[] = {
+    {"-f, --file", "FILE", CLI_LIST, offsetof(calibrate_settings, files), NULL, "calibration text; may be repeated, the texts are joined",
+     0, 0},
+    {"-o, --out", "FILE", CLI_TEXT, offsetof(calibrate_settings, out), NULL, "the codebook to make; FILE.partial keeps what is finished", 0,
+     0},
+    {"--tokens", "N", CLI_INT, offsetof(calibrate_settings, n_tokens), "8192", "tokens of the text, at most (paper: 65536)", 1, 1e7},
+    {"--random", "N", CLI_INT, offsetof(calibrate_settings, n_random), "2048", "tokens of random UUIDs (paper: 16384)", 0, 1e7},
+    {"--centroids", "N", CLI_INT, offsetof(calibrate_settings, n_centroids), "1024", "centroids per layer and KV head (paper: 4096)", 1,
+     65536},
+    {"--iterations", "N", CLI_INT, offsetof(calibrate_settings, n_iterations), "25", "most iterations of k-means (paper: 300)", 0, 100000},
+    {"--distance", "N", CLI_INT, offsetof(calibrate_settings, distance), "2048", "distance at which far tokens are scored", 0, 1e7},
+    {"--exact-rope", NULL, CLI_SWITCH, offsetof(calibrate_settings, exact_rope), NULL, "code keys after RoPE (an ablation)", 0, 0},
+    {"--identity", NULL, CLI_SWITCH, offsetof(calibrate_settings, identity), NULL,
+     "k-means without the metric of the queries (an ablation)", 0, 0},
+    {"--seed", "N", CLI_INT, offsetof(calibrate_settings, seed), "1", "of the UUIDs and of k-means", 0, 1e15},
+    {0}};
+
+static const cli_group calibrate_groups[] = {{"Model", cli_model_table, offsetof(calibrate_settings, model)},
+                                             {"Calibration", calibrate_table, 0},
+                                             {"Output", cli_output_table, offsetof(calibrate_settings, output)},
+                                             {0}};
+
+/* The texts one after the other; memory_free. */
+static int read_texts(const cli_list *files, char **text, size_t *n_bytes)
+{
+    *n_bytes = 0;
+    for (int i = 0; i < files->n; i++) {
+        char *piece = NULL;
+        size_t n = 0;
+        int code = cli_read_file(&piece, &n, files->items[i]);
+        quarry_error error;
+        if (!code && memory_grow(text, *n_bytes + n + 1, 1, "calibration text", &error) != QUARRY_OK) code = cli_fail_error(&error);
+        if (!code) memcpy(*text + *n_bytes, piece, n);
+        *n_bytes += n;
+        memory_free(piece);
+        if (code) return code;
+    }
+    return CLI_OK;
+}
+
+static uint64_t digest(const void *bytes, size_t n)
+{
+    struct sha256_ctx sha;
+    uint8_t out[8];
+    uint64_t value = 0;
+    sha256_init(&sha);
+    sha256_update(&sha, n, bytes);
+    sha256_digest(&sha, sizeof out, out);
+    for (int i = 0; i < 8; i++) value = value << 8 | out[i];
+    return value;
+}
+
+static int make(quarry_model *model, const calibrate_settings *s, const int32_t *tokens, int64_t n)
+{
+    codebook_header header = {
+        .text_digest = digest(tokens, (size_t)n * sizeof *tokens),
+        .seed = (uint64_t)s->seed,
+        .n_random = s->n_random,
+        .n_centroids = (int32_t)s->n_centroids,
+        .iterations = (int32_t)s->n_iterations,
+        .distance = (int32_t)s->distance,
+        .exact_rope = s->exact_rope,
+        .plain = s->identity,
+    };
+    quarry_error error;
+    cli_progress reading, clustering;
+    int n_resumed = 0;
+    const double start = cli_seconds();
+    cli_work_begin();
+    quarry_watch heads = cli_progress_start(&clustering, "clustering", s->output.quiet);
+    quarry_watch watch = cli_progress_start(&reading, "reading", s->output.quiet);
+    const quarry_code code = calibrate(model, &header, tokens, n, s->out, &watch, &heads, &n_resumed, &error);
+    cli_progress_end(&reading);
+    cli_progress_end(&clustering);
+    cli_work_end();
+    if (code != QUARRY_OK) return cli_fail_error(&error);
+    cli_print("%s: %d centroids for %d layers of %d KV heads, from %lld tokens of text and %lld of UUIDs, at most %d iterations, %s, %s",
+              s->out, header.n_centroids, header.n_layer, header.n_head_kv, (long long)header.n_text, (long long)header.n_random,
+              header.iterations, header.exact_rope ? "keys after RoPE" : "keys before RoPE",
+              header.plain ? "no metric" : "metric of the queries");
+    cli_print("; %d heads were there, %.0f s\n", n_resumed, cli_seconds() - start);
+    return CLI_OK;
+}
+
+static int calibrate_run(const void *settings, const cli_list *arguments)
+{
+    const calibrate_settings *s = settings;
+    if (arguments->n) return cli_fail_usage(&command_calibrate, "'%s' is no option; texts are given with -f", arguments->items[0]);
+    if (!s->files.n || !s->out) return cli_fail_usage(&command_calibrate, "-f FILE and -o FILE are needed");
+    quarry_model *model = NULL;
+    char *text = NULL;
+    size_t n_bytes;
+    int32_t *tokens = NULL;
+    quarry_error error;
+    int code = read_texts(&s->files, &text, &n_bytes);
+    if (code || (code = cli_model_open(&model, &s->model, &s->output))) goto done;
+    const int64_t n = quarry_tokenize(model, text, n_bytes, false, &tokens, &error);
+    code = n < 0 ? cli_fail_error(&error) : make(model, s, tokens, n < s->n_tokens ? n : s->n_tokens);
+done:
+    quarry_free(tokens);
+    quarry_model_close(model);
+    memory_free(text);
+    return code;
+}
+
+const cli_command command_calibrate = {
+    "calibrate",
+    "-f TEXT -o FILE [options]",
+    "make the codebook of the policy a2ats for a model",
+    "Interrupted, it keeps the layers and heads that are finished and takes them up when called again with the same options; reading the "
+    "text is done again.",
+    calibrate_groups,
+    sizeof(calibrate_settings),
+    calibrate_run,
+};
