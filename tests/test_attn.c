@@ -8,7 +8,7 @@
 
 enum { HEADS_KV = 2, GROUP = 3, DIM = 16, N_HEAD = HEADS_KV * GROUP };
 
-static const attn_shape shape = {{1, HEADS_KV, DIM, KV_F32}, N_HEAD, 0.25f};
+static const attn_shape shape = {.kv = {1, HEADS_KV, DIM, KV_F32}, .n_head = N_HEAD, .scale = 0.25f};
 
 typedef struct setup {
     const math_kernels *kernels;

@@ -83,6 +83,7 @@ static int make(quarry_model *model, const calibrate_settings *s, const int32_t 
     const double start = cli_seconds();
     cli_work_begin();
     quarry_watch heads = cli_progress_start(&clustering, "clustering", s->output.quiet);
+    clustering.unit = "heads";
     quarry_watch watch = cli_progress_start(&reading, "reading", s->output.quiet);
     const quarry_code code = calibrate(model, &header, tokens, n, s->out, &watch, &heads, &n_resumed, &error);
     cli_progress_end(&reading);

@@ -162,6 +162,7 @@ bool cli_interrupted(void);
 /* Progress of reading: a bar if stderr is a terminal, else a line now and then, nothing if quiet. Cancels the work when interrupted. */
 typedef struct cli_progress {
     const char *label; /* "reading" */
+    const char *unit;  /* NULL: tokens */
     bool quiet;
     bool shown;         /* a bar is on the screen */
     double start, last; /* seconds */

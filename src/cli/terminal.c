@@ -123,6 +123,11 @@ static int bar_width(void)
     return size.ws_col > FIGURES_WIDTH ? size.ws_col - FIGURES_WIDTH : 0;
 }
 
+static const char *unit_of(const cli_progress *p)
+{
+    return p->unit ? p->unit : "tokens";
+}
+
 static void draw_bar(const cli_progress *p, int64_t done, int64_t total, const char *speed)
 {
     char bar[3 * BAR_WIDTH + 1], *b = bar; /* each cell is one UTF-8 character of three bytes */
@@ -132,8 +137,8 @@ static void draw_bar(const cli_progress *p, int64_t done, int64_t total, const c
         b += 3;
     }
     *b = 0;
-    fprintf(stderr, "\r\033[K%s %s %3lld %%  %lld/%lld tokens  %s", p->label, bar, (long long)(100 * done / total), (long long)done,
-            (long long)total, speed);
+    fprintf(stderr, "\r\033[K%s %s %3lld %%  %lld/%lld %s  %s", p->label, bar, (long long)(100 * done / total), (long long)done,
+            (long long)total, unit_of(p), speed);
     fflush(stderr);
 }
 
@@ -150,14 +155,14 @@ static bool on_progress(int64_t done, int64_t total, void *data)
     if (done > 0) {
         double rate = (double)done / fmax(now - p->start, 1e-9);
         format_left((double)(total - done) / rate, left, sizeof left);
-        snprintf(speed, sizeof speed, "%.0f tokens/s  %s left", rate, left);
+        snprintf(speed, sizeof speed, "%.*f %s/s  %s left", p->unit ? 1 : 0, rate, unit_of(p), left);
     }
     if (terminal) {
         p->shown = true;
         bar_shown = 1;
         draw_bar(p, done, total, speed);
     } else {
-        fprintf(stderr, "%s: %lld of %lld tokens  %s\n", p->label, (long long)done, (long long)total, speed);
+        fprintf(stderr, "%s: %lld of %lld %s  %s\n", p->label, (long long)done, (long long)total, unit_of(p), speed);
     }
     return true;
 }

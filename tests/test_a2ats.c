@@ -1,0 +1,307 @@
+/* The policy a2ats and its codebook file against the definitions written out in double (arXiv 2502.12665). */
+#include "test.h"
+
+#include <math.h>
+#include <unistd.h>
+
+#include "attn/attn.h"
+#include "vq/vq.h"
+
+enum { DIM = 16, GROUP = 3, CENTROIDS = 24, N = 700, DISTANCE = 300 };
+
+static const double inverse[DIM / 2] = {1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003};
+static const attn_shape shape = {.kv = {1, 1, DIM, KV_F32},
+                                 .n_head = GROUP,
+                                 .scale = 0.25f,
+                                 .rope = {.n_rot = DIM, .halves = true, .inverse = inverse},
+                                 .fingerprint = 77};
+
+static void make_file(const char *path, codebook_header *h, long flip, long cut)
+{
+    float lower[DIM * DIM];
+    uint16_t centroids[CENTROIDS * DIM];
+    random_state r;
+    random_seed(&r, 5);
+    for (int i = 0; i < DIM * DIM; i++) lower[i] = i / DIM == i % DIM ? 1.5f : i % DIM < i / DIM ? 0.1f * (float)random_normal(&r) : 0;
+    for (int i = 0; i < CENTROIDS * DIM; i++) centroids[i] = f32_to_f16((float)random_normal(&r));
+    *h =
+        (codebook_header){.fingerprint = 77, .n_layer = 1, .n_head_kv = 1, .head_dim = DIM, .n_centroids = CENTROIDS, .distance = DISTANCE};
+    const size_t n = CODEBOOK_HEADER + codebook_record_bytes(h);
+    uint8_t *bytes = calloc(n, 1);
+    codebook_header_pack(h, bytes);
+    codebook_record_pack(h, &(codebook_head){lower, centroids, 3}, bytes + CODEBOOK_HEADER);
+    if (flip >= 0) bytes[flip] ^= 4;
+    FILE *f = fopen(path, "wb");
+    assert_non_null(f);
+    assert_int_equal(fwrite(bytes, 1, n - (size_t)cut, f), n - (size_t)cut);
+    fclose(f);
+    free(bytes);
+}
+
+/* x turned by `by` positions, in double */
+static void turn(const float *x, double by, double *out)
+{
+    for (int i = 0; i < DIM / 2; i++) {
+        const double c = cos(by * inverse[i]), s = sin(by * inverse[i]);
+        out[i] = x[i] * c - x[i + DIM / 2] * s;
+        out[i + DIM / 2] = x[i] * s + x[i + DIM / 2] * c;
+    }
+}
+
+static char path[64], spec[128];
+
+static int make_path(void **state)
+{
+    (void)state;
+    snprintf(path, sizeof path, "test_a2ats.%d.codebook", (int)getpid());
+    snprintf(spec, sizeof spec, "a2ats:budget=0.1,codebook=%s", path);
+    return 0;
+}
+
+static int remove_path(void **state)
+{
+    (void)state;
+    unlink(path);
+    return 0;
+}
+
+static kv_seq *random_keys(const math_kernels *kernels, random_state *r)
+{
+    kv_seq *kv = kv_create(&shape.kv, NULL);
+    assert_int_equal(kv_reserve(kv, N, NULL), QUARRY_OK);
+    for (int64_t pos = 0; pos < N; pos++) {
+        float k[DIM], v[DIM] = {0};
+        for (int i = 0; i < DIM; i++) k[i] = (float)random_normal(r);
+        kv_write(kernels, kv_row(kv, 0, 0, pos), &shape.kv, k, v);
+    }
+    kv_commit(kv, N);
+    return kv;
+}
+
+/* Codes by definition: nearest centroid of the key before RoPE under H = L L'. */
+static int naive_code(const kv_seq *kv, int64_t pos, const float *lower, const float *c)
+{
+    double key[DIM], best = INFINITY;
+    int code = 0;
+    turn(kv_row(kv, 0, 0, pos), -(double)pos, key);
+    for (int j = 0; j < CENTROIDS; j++) {
+        double distance = 0;
+        for (int b = 0; b < DIM; b++) {
+            double sum = 0;
+            for (int a = 0; a < DIM; a++) sum += (key[a] - (double)c[j * DIM + a]) * (double)lower[a * DIM + b];
+            distance += sum * sum;
+        }
+        if (distance < best) {
+            best = distance;
+            code = j;
+        }
+    }
+    return code;
+}
+
+/* Which far tokens the query heads want, each scored by itself: score, then centroid, then the newer. */
+static void naive_selection(const int *codes, int64_t n_far, int64_t pos, const float *q, const float *c, int64_t wanted, bool *chosen)
+{
+    memset(chosen, 0, N * sizeof *chosen);
+    for (int g = 0; g < GROUP; g++) {
+        double turned[DIM], score[CENTROIDS] = {0};
+        bool taken[N] = {false};
+        turn(q + g * DIM, (double)(DISTANCE - pos), turned);
+        for (int j = 0; j < CENTROIDS; j++)
+            for (int i = 0; i < DIM; i++) score[j] += turned[i] * (double)c[j * DIM + i];
+        for (int64_t k = 0; k < wanted; k++) {
+            int64_t best = -1;
+            for (int64_t t = ATTN_SINKS; t < n_far; t++)
+                if (!taken[t] && (best < 0 || score[codes[t]] >= score[codes[best]])) best = t;
+            taken[best] = chosen[best] = true;
+        }
+    }
+}
+
+static void selects(const attn_policy *p, const kv_seq *kv, const int *codes, const float *c, random_state *r, double budget)
+{
+    arena scratch = {0};
+    float q[GROUP * DIM];
+    bool chosen[N];
+    attn_selection sel;
+    attn_cost cost = {0};
+    for (int i = 0; i < GROUP * DIM; i++) q[i] = (float)random_normal(r);
+    assert_int_equal(p->type->select(p, 0, 0, kv, q, N - 1, NULL, &scratch, &sel, &cost, NULL), QUARRY_OK);
+    naive_selection(codes, p->n_far, N - 1, q, c, (int64_t)(budget * (double)(p->n_far - ATTN_SINKS)), chosen);
+    int64_t n = 0;
+    for (int64_t t = 0; t < N; t++) n += chosen[t];
+    assert_int_equal(sel.n, n);
+    for (int64_t i = 0; i < n; i++) {
+        assert_true(chosen[sel.ids[i]]);
+        chosen[sel.ids[i]] = false;
+    }
+    assert_true(cost.index_bytes > 0 && cost.table_bytes > 0);
+    arena_free(&scratch);
+}
+
+static void lists_give_what_scoring_every_token_gives(void **state)
+{
+    (void)state;
+    const math_kernels *kernels = math_kernels_get(cpu_detect());
+    thread_pool *pool = thread_pool_create(2, NULL);
+    arena scratch[2] = {{0}};
+    random_state r;
+    random_seed(&r, 9);
+    codebook_header h;
+    make_file(path, &h, -1, 0);
+    kv_seq *kv = random_keys(kernels, &r);
+    attn_policy *p = attn_policy_create(spec, &shape, kernels, NULL);
+    assert_non_null(p);
+    size_t n_bytes;
+    uint8_t *bytes = (uint8_t *)file_read_all(path, &n_bytes, NULL);
+    float lower[DIM * DIM], c[CENTROIDS * DIM];
+    uint16_t halves[CENTROIDS * DIM];
+    codebook_head head = {lower, halves, 0};
+    assert_true(codebook_record_parse(&h, bytes + CODEBOOK_HEADER, &head));
+    assert_int_equal(head.iterations, 3);
+    for (int i = 0; i < CENTROIDS * DIM; i++) c[i] = f16_to_f32(halves[i]);
+    assert_int_equal(attn_index_advance(p, kv, pool, scratch, NULL), QUARRY_OK);
+    int codes[N] = {0};
+    for (int64_t t = ATTN_SINKS; t < p->n_far; t++) codes[t] = naive_code(kv, t, lower, c);
+    for (int i = 0; i < 20; i++) selects(p, kv, codes, c, &r, 0.1);
+    attn_policy *fork = p->type->fork(p, NULL);
+    p->type->truncate(p, 333); /* and grows again */
+    for (int i = 0; i < 20; i++) selects(p, kv, codes, c, &r, 0.1);
+    assert_int_equal(attn_index_advance(p, kv, pool, scratch, NULL), QUARRY_OK);
+    selects(p, kv, codes, c, &r, 0.1);
+    attn_policy_destroy(p);
+    selects(fork, kv, codes, c, &r, 0.1);
+    attn_policy_destroy(fork);
+    snprintf(spec, sizeof spec, "a2ats:codebook=%s,budget=1", path);
+    p = attn_policy_create(spec, &shape, kernels, NULL);
+    assert_int_equal(attn_index_seal(p, kv, pool, scratch, NULL), QUARRY_OK);
+    for (int64_t t = ATTN_SINKS; t < p->n_far; t++) codes[t] = naive_code(kv, t, lower, c);
+    selects(p, kv, codes, c, &r, 1);
+    attn_policy_destroy(p);
+    memory_free(bytes);
+    kv_destroy(kv);
+    thread_pool_destroy(pool);
+    arena_free(&scratch[0]);
+    arena_free(&scratch[1]);
+    make_path(state);
+}
+
+static void wrong_files_are_refused(void **state)
+{
+    (void)state;
+    const struct {
+        long flip, cut;
+        quarry_code code;
+        const char *says;
+    } cases[] = {{0, 0, QUARRY_ERROR_FORMAT, "not a codebook"}, {8, 0, QUARRY_ERROR_UNSUPPORTED, "version 5"},
+                 {60, 0, QUARRY_ERROR_FORMAT, "header"},        {CODEBOOK_HEADER + 9, 0, QUARRY_ERROR_FORMAT, "layer 0, head 0"},
+                 {-1, 1, QUARRY_ERROR_FORMAT, "bytes"},         {-1, CODEBOOK_HEADER, QUARRY_ERROR_FORMAT, "bytes"}};
+    const math_kernels *kernels = math_kernels_get(cpu_detect());
+    codebook_header h;
+    quarry_error e;
+    for (size_t i = 0; i < TEST_COUNT(cases); i++) {
+        make_file(path, &h, cases[i].flip, cases[i].cut);
+        assert_null(attn_policy_create(spec, &shape, kernels, &e));
+        assert_int_equal(e.code, cases[i].code);
+        assert_non_null(strstr(e.message, cases[i].says));
+    }
+    make_file(path, &h, -1, 0);
+    attn_shape other = shape;
+    other.fingerprint = 78;
+    assert_null(attn_policy_create(spec, &other, kernels, &e));
+    assert_non_null(strstr(e.message, "another model"));
+    other = shape;
+    other.kv.n_layer = 2;
+    assert_null(attn_policy_create(spec, &other, kernels, &e));
+    assert_non_null(strstr(e.message, "2 of 1"));
+    assert_null(attn_policy_create("a2ats", &shape, kernels, &e));
+    assert_non_null(strstr(e.message, "codebook=FILE"));
+    for (int i = 0;; i++) { /* no leak, no crash: the sanitizers look */
+        memory_fail_after(i);
+        attn_policy *p = attn_policy_create(spec, &shape, kernels, &e);
+        memory_fail_after(-1);
+        if (p) {
+            assert_true(i > 5);
+            attn_policy_destroy(p);
+            break;
+        }
+        assert_int_equal(e.code, QUARRY_ERROR_MEMORY);
+    }
+}
+
+static void cholesky_gives_the_normalised_moments(void **state)
+{
+    (void)state;
+    double h[DIM * DIM] = {0}, squares = 0;
+    float lower[DIM * DIM], inverted[DIM * DIM];
+    arena scratch = {0};
+    random_state r;
+    random_seed(&r, 3);
+    for (int n = 0; n < DIM / 2; n++) { /* of half the rank */
+        double x[DIM];
+        for (int i = 0; i < DIM; i++) x[i] = random_normal(&r);
+        for (int i = 0; i < DIM * DIM; i++) h[i] += x[i / DIM] * x[i % DIM];
+    }
+    for (int i = 0; i < DIM * DIM; i++) squares += h[i] * h[i];
+    assert_int_equal(vq_cholesky(DIM, h, 1e-2, lower, inverted, &scratch, NULL), QUARRY_OK);
+    for (int i = 0; i < DIM; i++)
+        for (int j = 0; j < DIM; j++) {
+            double product = 0, one = 0;
+            for (int k = 0; k < DIM; k++) {
+                product += (double)lower[i * DIM + k] * (double)lower[j * DIM + k];
+                one += (double)lower[i * DIM + k] * (double)inverted[k * DIM + j];
+            }
+            assert_true(fabs(product - h[i * DIM + j] / sqrt(squares / (DIM * DIM)) - (i == j ? 1e-2 : 0)) < 1e-5);
+            assert_true(fabs(one - (i == j)) < 1e-4);
+        }
+    h[0] = -1;
+    assert_int_equal(vq_cholesky(DIM, h, 1e-2, lower, inverted, &scratch, NULL), QUARRY_ERROR_UNSUPPORTED);
+    arena_free(&scratch);
+}
+
+static void kmeans_ends_at_a_fixed_point(void **state)
+{
+    (void)state;
+    enum { POINTS = 400, K = 20 };
+    const math_kernels *kernels = math_kernels_get(cpu_detect());
+    float rows[POINTS * DIM], columns[DIM * (POINTS + 32)], centroids[K * DIM];
+    int32_t assign[POINTS];
+    int used;
+    arena scratch = {0};
+    random_state r;
+    random_seed(&r, 4);
+    for (int i = 0; i < POINTS * DIM; i++) rows[i] = (float)random_normal(&r) + (float)(i / DIM % 20) * (i % DIM == 0 ? 3 : 0);
+    const vq_points x = {rows, columns, POINTS, DIM, vq_column_stride(POINTS), DIM};
+    vq_transpose(rows, DIM, POINTS, DIM, columns, x.column_stride);
+    assert_int_equal(vq_kmeans_converge(kernels, &x, K, 300, 1, centroids, assign, &used, &scratch, NULL), QUARRY_OK);
+    assert_true(used > 1 && used < 300);
+    for (int j = 0; j < K; j++) {
+        double mean[DIM] = {0};
+        int n = 0;
+        for (int t = 0; t < POINTS; t++)
+            for (int i = 0; assign[t] == j && i < DIM; i++) {
+                mean[i] += rows[t * DIM + i];
+                n += i == 0;
+            }
+        assert_true(n > 0);
+        for (int i = 0; i < DIM; i++) assert_true(fabs(mean[i] / n - (double)centroids[j * DIM + i]) < 1e-5);
+    }
+    for (int t = 0; t < POINTS; t++) {
+        double distance[K] = {0};
+        for (int j = 0; j < K; j++)
+            for (int i = 0; i < DIM; i++) distance[j] += pow((double)rows[t * DIM + i] - (double)centroids[j * DIM + i], 2);
+        for (int j = 0; j < K; j++) assert_true(distance[assign[t]] <= distance[j] + 1e-4);
+    }
+    arena_free(&scratch);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(lists_give_what_scoring_every_token_gives),
+        cmocka_unit_test(wrong_files_are_refused),
+        cmocka_unit_test(cholesky_gives_the_normalised_moments),
+        cmocka_unit_test(kmeans_ends_at_a_fixed_point),
+    };
+    return cmocka_run_group_tests(tests, make_path, remove_path);
+}
