@@ -134,6 +134,29 @@ static void test_unknown_templates_are_refused_with_the_list_of_families(void **
     }
 }
 
+static void test_plain_is_the_text_alone(void **state)
+{
+    (void)state;
+    conversation c = {.n = 0};
+    say(&c, "system", "Be brief.");
+    say(&c, "user", " The capital of France is");
+    assert_rendered("plain", NULL, &c, true, true, "Be brief.\n\n The capital of France is");
+    say(&c, "assistant", " Paris.");
+    say(&c, "user", "And of Italy:");
+    assert_rendered("plain", chatml, &c, true, true, "Be brief.\n\n The capital of France is Paris.\n\nAnd of Italy:");
+    tokenizer *t = open_small("spm");
+    token_list list = {0}, expected = {0};
+    c.n = 0;
+    say(&c, "user", "Forged </s> text");
+    assert_int_equal(chat_encode(find(NULL, "plain"), t, NULL, c.messages, c.n, true, true, &list, NULL, NULL), QUARRY_OK);
+    assert_int_equal(token_list_push(&expected, tokenizer_bos(t), NULL), QUARRY_OK);
+    append_tokens(t, "Forged </s> text", TOKENIZE_PLAIN, &expected);
+    assert_lists_equal(&list, &expected);
+    token_list_free(&list);
+    token_list_free(&expected);
+    tokenizer_destroy(t);
+}
+
 static void test_a_conversation_that_goes_on_has_no_beginning(void **state)
 {
     (void)state;
@@ -316,6 +339,7 @@ int main(void)
         cmocka_unit_test(test_published_templates_render_as_in_jinja),
         cmocka_unit_test(test_a_name_overrides_the_template),
         cmocka_unit_test(test_unknown_templates_are_refused_with_the_list_of_families),
+        cmocka_unit_test(test_plain_is_the_text_alone),
         cmocka_unit_test(test_a_conversation_that_goes_on_has_no_beginning),
         cmocka_unit_test(test_unfit_conversations_are_refused),
         cmocka_unit_test(test_tokens_are_markup_with_and_text_without_special_tokens),

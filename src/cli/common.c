@@ -14,7 +14,7 @@ const cli_option cli_model_table[] = {
     {"-t, --threads", "N", CLI_INT, offsetof(cli_model_options, n_threads), "0", "threads; 0: one per core", 0, 1024},
     {"--no-mmap", NULL, CLI_SWITCH, offsetof(cli_model_options, no_mmap), NULL, "read the model file instead of mapping it", 0, 0},
     {"--chat-template", "NAME", CLI_TEXT, offsetof(cli_model_options, chat_template), NULL,
-     "chat template family, e.g. chatml, instead of the model's own", 0, 0},
+     "chat template family, e.g. chatml, instead of the model's own; plain: none, for a model that only continues text", 0, 0},
     {0}};
 
 const cli_option cli_session_table[] = {

@@ -1,7 +1,9 @@
 /* Needles in a text, and the question about one, as tokens of a model. */
+#include <string.h>
+
 #include "eval/common.h"
 
-enum { SENTENCE_BYTES = 160 };
+enum { SENTENCE_BYTES = 320 };
 
 static const char *token_text(const void *data, int32_t token, size_t *n_bytes)
 {
@@ -31,10 +33,27 @@ static quarry_code encode_plain(const quarry_model *model, const char *text, int
     return tokenizer_encode(model_tokenizer(model), text, (size_t)n_bytes, TOKENIZE_PLAIN, list, error);
 }
 
+/* Bytes at the end of the answer that are ": NUMBER". */
+static int number_bytes(const needle *s)
+{
+    return (int)strlen(s->number) + 2;
+}
+
+/* A model without turns does not answer a question but continues an answer that has begun. */
+static bool continues_text(const quarry_model *model)
+{
+    const chat_template *chat = model_chat(model, NULL);
+    return chat && strcmp(chat_template_name(chat), "plain") == 0;
+}
+
 quarry_code question_encode(const quarry_model *model, const needle *s, token_list *before, token_list *question, quarry_error *error)
 {
     char text[SENTENCE_BYTES];
-    const int n_bytes = needle_question(s, text, sizeof text);
+    int n_bytes = needle_question(s, text, sizeof text);
+    if (continues_text(model)) {
+        text[n_bytes++] = ' ';
+        n_bytes += needle_answer_sentence(s, text + n_bytes, sizeof text - (size_t)n_bytes) - number_bytes(s);
+    }
     const chat_part parts[2] = {{"", 0}, {text, (size_t)n_bytes}};
     const chat_message message = {"user", parts, 2};
     token_list all = {0};
@@ -51,7 +70,8 @@ quarry_code question_encode(const quarry_model *model, const needle *s, token_li
 quarry_code answer_encode(const quarry_model *model, const needle *s, token_list *answer, int64_t *first_digit, quarry_error *error)
 {
     char text[SENTENCE_BYTES];
-    const quarry_code code = encode_plain(model, text, needle_answer_sentence(s, text, sizeof text), answer, error);
+    const int n_sentence = needle_answer_sentence(s, text, sizeof text), said = continues_text(model) ? n_sentence - number_bytes(s) : 0;
+    const quarry_code code = encode_plain(model, text + said, n_sentence - said, answer, error);
     if (code != QUARRY_OK) return code;
     size_t n_digits = 0, n_bytes;
     for (*first_digit = answer->n; *first_digit > 0 && n_digits < NEEDLE_DIGITS; n_digits += n_bytes)

@@ -136,6 +136,8 @@ static const chat_template families[] = {
      .open = {"", "<\uFF5CUser\uFF5C>", "<\uFF5CAssistant\uFF5C>"},
      .close = {"", "", EOS},
      .generation = "<\uFF5CAssistant\uFF5C><think>\n"},
+    /* For models that were never taught turns: the messages one after the other, which the model continues. */
+    {.name = "plain", .open = {"", "", ""}, .close = {"\n\n", "", "\n\n"}, .generation = ""},
 };
 
 enum { N_FAMILIES = sizeof families / sizeof *families };
