@@ -117,7 +117,8 @@ static quarry_code find_chat(quarry_model *m, const char *family, quarry_error *
     if (m->chat_text || family)
         m->chat = chat_template_find(m->chat_text, family, &m->chat_error);
     else
-        error_set(&m->chat_error, QUARRY_ERROR_UNSUPPORTED, "%s has no chat template; name a family with --chat-template, or plain for a model that only continues text",
+        error_set(&m->chat_error, QUARRY_ERROR_UNSUPPORTED,
+                  "%s has no chat template; name a family with --chat-template, or plain for a model that only continues text",
                   gguf_path(m->file));
     if (!m->chat && family) { /* the user's own choice was wrong: say so now */
         if (error) *error = m->chat_error;
