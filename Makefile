@@ -20,6 +20,10 @@ bench:
 	@$(MAKE) --no-print-directory all
 	@model=$$(scripts/fetch-model.sh) && python3 bench/compare.py --quarry $(BUILD)/quarry -m "$$model" $(ARGS)
 
+# scripts/report.sh tells the options; pass them as ARGS="-s small".
+report: all
+	@scripts/report.sh -q $(BUILD)/quarry $(ARGS)
+
 install: all
 	@cmake --install $(BUILD) --prefix $(PREFIX)
 
@@ -33,4 +37,4 @@ format:
 clean:
 	@rm -rf $(BUILD) build-*
 
-.PHONY: all demo check bench install fuzz format clean
+.PHONY: all demo check bench report install fuzz format clean

@@ -67,22 +67,30 @@ static void needle_print_citations(const eval_input *in, const needle_result *re
     }
 }
 
-static int needle_print_json(const eval_input *in, const needle_settings *s, const needle_result *results)
+static int needle_print_json(const eval_input *in, const needle_settings *s, const cli_list *arguments, const needle_result *results)
 {
     json_t *list = json_array();
     for (int i = 0; i <= in->policies.n; i++) {
         const needle_result *r = &results[i];
-        json_t *item = json_pack("{s:s, s:I, s:I, s:f, s:f, s:o, s:o}", "attn", r->attn, "correct", (json_int_t)r->correct, "kept",
-                                 (json_int_t)r->kept, "kept_low", r->kept_low, "kept_high", r->kept_high, "kld", eval_json_summary(&r->kld),
-                                 "reading", eval_json_reading(&r->reading));
+        json_t *item =
+            json_pack("{s:s, s:I, s:I, s:I, s:I, s:f, s:f, s:o, s:o}", "attn", r->attn, "asked", (json_int_t)r->asked, "full_correct",
+                      (json_int_t)r->full_correct, "correct", (json_int_t)r->correct, "kept", (json_int_t)r->kept, "kept_low", r->kept_low,
+                      "kept_high", r->kept_high, "kld", eval_json_summary(&r->kld), "reading", eval_json_reading(&r->reading));
         if (s->cite)
             json_object_update_new(
                 item, json_pack("{s:I, s:f, s:f}", "cited", (json_int_t)r->cited, "cited_low", r->cited_low, "cited_high", r->cited_high));
         json_array_append_new(list, item);
     }
-    return json_print(json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:o}", "model", in->info.name, "isa", in->info.kernels, "n_depths",
-                                s->depths, "needles", (json_int_t)s->needles, "seed", (json_int_t)s->seed, "asked",
-                                (json_int_t)results[0].asked, "full_correct", (json_int_t)results[0].full_correct, "results", list));
+    json_t *parameters = json_pack("{s:s, s:I, s:I, s:I, s:I, s:b, s:o}", "depths", s->depths, "count", (json_int_t)s->count, "needles",
+                                   (json_int_t)s->needles, "predict", (json_int_t)s->n_answer, "batch_size", (json_int_t)s->eval.n_batch,
+                                   "cite", s->cite, "attn", eval_json_policies(in));
+    json_t *envelope = eval_json_envelope(in, &command_eval_needle, s, arguments, &s->model, s->seed, parameters);
+    if (!envelope) {
+        json_decref(list);
+        return CLI_FAILED;
+    }
+    json_object_set_new(envelope, "results", list);
+    return json_print(envelope);
 }
 
 static int needle_run(const void *settings, const cli_list *arguments)
@@ -121,7 +129,7 @@ static int needle_run(const void *settings, const cli_list *arguments)
     if (measured != QUARRY_OK)
         code = cli_fail_error(&error);
     else if (s->output.json)
-        code = needle_print_json(&in, s, results);
+        code = needle_print_json(&in, s, arguments, results);
     else
         needle_print(&in, results);
     if (measured == QUARRY_OK && s->cite && !s->output.json) needle_print_citations(&in, results);
