@@ -66,6 +66,19 @@ static void a_page_has_plots_tables_and_origin(void **state)
     free(page);
 }
 
+static void a_policy_has_one_colour_in_all_panels(void **state)
+{
+    (void)state;
+    static const char *const attn[] = {"full", "window"};
+    json_t *envelope = make_kld(attn, 2, "tiny");
+    for (size_t i = 0; i < 4; i += 2) /* full diverges from itself by nothing, which no logarithmic axis shows */
+        json_object_set_new(json_object_get(json_array_get(json_object_get(envelope, "results"), i), "kld"), "mean", json_real(0));
+    char *page = render(envelope);
+    assert_int_equal(count(page, "<i style=\"background:var(--c1)\"></i>window</li>"), 3);
+    assert_int_equal(count(page, "</i>full</li>"), 1);
+    free(page);
+}
+
 static void text_of_the_input_is_no_markup(void **state)
 {
     (void)state;
@@ -200,9 +213,13 @@ static void a_report_is_written_whole_or_not_at_all(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(a_page_has_plots_tables_and_origin), cmocka_unit_test(text_of_the_input_is_no_markup),
-        cmocka_unit_test(points_lie_where_their_values_are),  cmocka_unit_test(needles_have_a_heat_map),
-        cmocka_unit_test(what_is_no_evaluation_is_refused),   cmocka_unit_test(a_report_is_written_whole_or_not_at_all),
+        cmocka_unit_test(a_page_has_plots_tables_and_origin),
+        cmocka_unit_test(a_policy_has_one_colour_in_all_panels),
+        cmocka_unit_test(text_of_the_input_is_no_markup),
+        cmocka_unit_test(points_lie_where_their_values_are),
+        cmocka_unit_test(needles_have_a_heat_map),
+        cmocka_unit_test(what_is_no_evaluation_is_refused),
+        cmocka_unit_test(a_report_is_written_whole_or_not_at_all),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -252,18 +252,21 @@ static bool can_draw(const plot *p, const plot_point *point)
     return isfinite(point->x) && isfinite(point->y) && point->x > 0 && (!p->log_y || point->y > 0);
 }
 
+/* Curves are counted before what cannot be drawn goes, so that a policy has one colour in all panels of the same results. */
 static void collect_dots(frame *f)
 {
-    for (int i = 0; i < f->plot->n; i++) {
+    int n_drawn = 0;
+    for (f->n = 0; f->n < f->plot->n; f->n++) {
         dot *d = &f->dots[f->n];
-        if (!can_draw(f->plot, &f->plot->points[i])) continue;
-        *d = (dot){.point = &f->plot->points[i], .curve = f->n_curves};
+        *d = (dot){.point = &f->plot->points[f->n], .curve = f->n_curves};
         split_spec(d->point->spec, d);
         for (int j = 0; j < f->n && d->curve == f->n_curves; j++)
             if (!strcmp(f->dots[j].curve_name, d->curve_name)) d->curve = f->dots[j].curve;
         f->n_curves += d->curve == f->n_curves;
-        f->n++;
     }
+    for (int i = 0; i < f->n; i++)
+        if (can_draw(f->plot, f->dots[i].point)) f->dots[n_drawn++] = f->dots[i];
+    f->n = n_drawn;
 }
 
 static void write_figure(frame *f)
