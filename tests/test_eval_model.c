@@ -1,6 +1,10 @@
 /* The tasks on the real model named by QUARRY_TEST_MODEL, at small depths. */
 #include "eval_fixture.h"
 
+#include <unistd.h>
+
+#include "eval/journal.h"
+
 static int open_model(void **state)
 {
     static fixture f;
@@ -86,11 +90,50 @@ static void full_finds_needles_that_window_cannot_see(void **state)
     assert_true(r[2].kld.mean > 0.01 && r[2].reading.rows_share < 0.3);
 }
 
+static void ruler_scores_full_above_window_and_goes_on_from_a_journal(void **state)
+{
+    const fixture *f = need_model(state);
+    const char *attn[] = {"ivfpq", "window"};
+    const int64_t length = 900;
+    char path[] = "/tmp/quarry_ruler_XXXXXX";
+    const int file = mkstemp(path);
+    assert_true(file >= 0);
+    close(file);
+    unlink(path);
+    json_t *header = json_pack("{s:s}", "command", "eval ruler");
+    ruler_params params = {.attn = attn, .n_attn = 2, .lengths = &length, .n_lengths = 1, .samples = 3, .seed = 1};
+    params.tasks[ruler_task_find("niah_single_1", 13)] = params.tasks[ruler_task_find("vt", 2)] = true;
+    ruler_result r[2][9];
+    assert_int_equal(ruler_n_results(&params), 9);
+    for (int round = 0; round < 2; round++) { /* the second reads what the first has kept */
+        quarry_error error = {0};
+        params.journal = journal_open(path, header, &error);
+        if (!params.journal) fail_msg("%s", error.message);
+        if (ruler_measure(f->model, &params, NULL, NULL, NULL, r[round], &error) != QUARRY_OK) fail_msg("%s", error.message);
+        assert_int_equal(journal_count(params.journal), 6);
+        journal_close(params.journal);
+    }
+    const ruler_result *found = r[0], *all = &r[0][6];
+    assert_string_equal(found[0].task, "niah_single_1");
+    assert_true(found[0].score == 1 && found[0].counted && found[1].score == 1);
+    assert_true(found[2].score == 0 && found[2].loss == 1 && found[2].score_full == 1);
+    assert_string_equal(all[0].task, "all");
+    assert_true(all[2].loss > 0.9 && all[1].loss < 0.1 && all[1].n >= 3);
+    assert_true(found[1].reading.bytes_share > 0.05 && found[1].reading.bytes_share < 1);
+    for (int i = 0; i < 9; i++) {
+        assert_true(r[0][i].score == r[1][i].score && r[0][i].loss_high == r[1][i].loss_high);
+        assert_true(r[0][i].reading.bytes_share == r[1][i].reading.bytes_share);
+    }
+    json_decref(header);
+    unlink(path);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(window_predicts_less_well_than_full),
         cmocka_unit_test(full_knows_the_digits_that_window_cannot_see),
+        cmocka_unit_test(ruler_scores_full_above_window_and_goes_on_from_a_journal),
         cmocka_unit_test(full_finds_needles_that_window_cannot_see),
     };
     return cmocka_run_group_tests(tests, open_model, close_model);

@@ -141,6 +141,8 @@ typedef struct needle {
     int64_t at;                     /* where it is: first token of its sentence in the haystack */
 } needle;
 
+/* The i-th of some thirty thousand keys in an order of its own for each seed; no two i have the same. */
+void haystack_key(uint64_t i, uint64_t seed, char *out, size_t capacity);
 /* Draws keys and numbers, distinct within the call, and depths: one in each n-th of the text. */
 void needle_draw(needle *needles, int n, random_state *random);
 /* " One of the special magic numbers for KEY is: NUMBER." (RULER, arXiv 2404.06654); returns the length, less than capacity. */
@@ -209,6 +211,46 @@ typedef void (*needle_answer_fn)(const needle_answer *answer, void *data);
 /* results[1 + n_attn]: "full" first. on_answer may be NULL. Errors as kld_measure; UNSUPPORTED when the model has no known chat template. */
 quarry_code needle_measure(quarry_model *model, const needle_params *params, const quarry_watch *watch, needle_answer_fn on_answer,
                            void *data, needle_result *results, quarry_error *error);
+
+/* ---- ruler.c: the synthetic tasks of RULER (arXiv 2404.06654) that need no data set ---- */
+
+enum { RULER_MOST_LENGTHS = 16, RULER_N_TASKS = 11 };
+
+typedef struct ruler_params {
+    const char *const *attn; /* [n_attn] policies to compare with "full" */
+    int n_attn;
+    const char *text; /* [n_bytes] haystacks and words come from it; NULL: tasks that need none */
+    size_t n_bytes;
+    const int64_t *lengths; /* [n_lengths] tokens, question and room for the answer included */
+    int n_lengths;
+    bool tasks[RULER_N_TASKS]; /* which */
+    int samples;               /* per task and length */
+    uint64_t seed;
+    int n_batch;
+    journal *journal; /* of finished samples; may be NULL */
+} ruler_params;
+
+typedef struct ruler_result {
+    const char *attn, *task;             /* task "all": over the counted ones */
+    int64_t length, n;                   /* tokens, 0 for "all"; samples */
+    double score, score_low, score_high; /* 0 to 1, with its 95 % interval (Wilson's, as of a share) */
+    double score_full;
+    double loss, loss_low, loss_high; /* mean of full's score less the policy's of the same sample, with its 95 % interval */
+    bool counted;                     /* full attention is clearly above chance: the lower end of its interval is above RULER_GATE */
+    eval_reading reading;
+} ruler_result;
+
+#define RULER_GATE 0.2
+
+/* Names of the tasks, for options; returns the task or -1. */
+int ruler_task_find(const char *name, size_t n);
+const char *ruler_task_name(int task);
+/* How many results ruler_measure fills: for every task and length "full" and n_attn policies, then "all" for each of them. */
+int ruler_n_results(const ruler_params *params);
+/* on_answer, if not NULL, sees every answer. Errors as needle_measure. */
+typedef void (*ruler_answer_fn)(const char *task, int64_t length, const char *attn, double score, const char *answer, void *data);
+quarry_code ruler_measure(quarry_model *model, const ruler_params *params, const quarry_watch *watch, ruler_answer_fn on_answer, void *data,
+                          ruler_result *results, quarry_error *error);
 
 /* ---- report.c: a page of what evaluations printed with --json (docs/eval.md) ---- */
 

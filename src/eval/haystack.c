@@ -15,6 +15,14 @@ static const char *const nouns[] = {"anchor",  "basket",  "beacon", "bridge",  "
 
 enum { N_ADJECTIVES = sizeof adjectives / sizeof *adjectives, N_NOUNS = sizeof nouns / sizeof *nouns };
 
+void haystack_key(uint64_t i, uint64_t seed, char *out, size_t capacity)
+{
+    enum { PAIRS = N_ADJECTIVES * N_NOUNS };
+    const uint64_t pair = (i * 389 + seed * 157) % PAIRS, round = i / PAIRS; /* 389 has no factor in common with 32 x 32 */
+    const int n = snprintf(out, capacity, "%s-%s", adjectives[pair / N_NOUNS], nouns[pair % N_NOUNS]);
+    if (round > 0 && n > 0 && (size_t)n < capacity) snprintf(out + n, capacity - (size_t)n, "-%s", nouns[(round - 1) % N_NOUNS]);
+}
+
 static bool needle_is_new(const needle *needles, int n)
 {
     for (int i = 0; i < n; i++)

@@ -1,0 +1,177 @@
+#include <stdio.h>
+#include <string.h>
+
+#include "cli/eval_common.h"
+
+typedef struct ruler_settings {
+    cli_model_options model;
+    eval_options eval;
+    cli_output_options output;
+    const char *tasks, *lengths, *journal;
+    int64_t samples, seed;
+} ruler_settings;
+
+static const cli_option ruler_table[] = {
+    {"--tasks", "TASK,...", CLI_TEXT, offsetof(ruler_settings, tasks), "all",
+     "of niah_single_1, _2, _3, niah_multikey_1, _2, _3, niah_multivalue, niah_multiquery, vt, cwe, fwe", 0, 0},
+    {"--lengths", "N,...", CLI_TEXT, offsetof(ruler_settings, lengths), "2000,4000,8000",
+     "tokens, question and room for the answer included", 0, 0},
+    {"--samples", "N", CLI_INT, offsetof(ruler_settings, samples), "10", "per task and length", 1, 1e6},
+    {"-s, --seed", "N", CLI_INT, offsetof(ruler_settings, seed), "1", "seed of everything drawn", 0, 9e18},
+    {"--journal", "FILE", CLI_TEXT, offsetof(ruler_settings, journal), NULL,
+     "keep finished samples in FILE; the same command goes on from there when it was stopped", 0, 0},
+    {0}};
+
+static const cli_group ruler_groups[] = {{"Measurement", ruler_table, 0},
+                                         {"Texts and policies", eval_options_table, offsetof(ruler_settings, eval)},
+                                         {"Model", cli_model_table, offsetof(ruler_settings, model)},
+                                         {"Output", cli_output_table, offsetof(ruler_settings, output)},
+                                         {0}};
+
+static void on_answer(const char *task, int64_t length, const char *attn, double score, const char *text, void *data)
+{
+    (void)data;
+    fprintf(stderr, "%s, %lld tokens, %s: %.2f: %s\n", task, (long long)length, attn, score, text);
+}
+
+static void ruler_print(const eval_input *in, const ruler_settings *s, const ruler_result *results, int n)
+{
+    const int width = eval_attn_width(&in->policies);
+    eval_print_model(in);
+    cli_print("RULER, %lld samples a task and length; scores in %%, loss: full attention's less the policy's on the same samples, with 95 "
+              "%% intervals.\n"
+              "A task counts (*) where the lower end of full attention's interval is above %.0f %%.\n\n",
+              (long long)s->samples, 100 * RULER_GATE);
+    cli_print("%-16s  %7s  %-*s  %24s  %24s  %6s  %6s\n", "task", "length", width, "policy", "score", "loss", "rows", "bytes");
+    for (int i = 0; i < n; i++) {
+        const ruler_result *r = &results[i];
+        char length[24] = "";
+        if (r->length) snprintf(length, sizeof length, "%lld", (long long)r->length);
+        cli_print("%-16s%s %7s  %-*s  %6.1f (%6.1f to %6.1f)  %6.1f (%6.1f to %6.1f)  %4.1f %%  %4.1f %%\n", r->task,
+                  r->counted ? "*" : " ", length, width, r->attn, 100 * r->score, 100 * r->score_low, 100 * r->score_high, 100 * r->loss,
+                  100 * r->loss_low, 100 * r->loss_high, 100 * r->reading.rows_share, 100 * r->reading.bytes_share);
+    }
+}
+
+static int ruler_print_json(json_t *envelope, const ruler_result *results, int n)
+{
+    json_t *list = json_array();
+    for (int i = 0; i < n; i++) {
+        const ruler_result *r = &results[i];
+        json_array_append_new(list, json_pack("{s:s, s:s, s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:b, s:o}", "attn", r->attn, "task",
+                                              r->task, "length", (json_int_t)r->length, "n", (json_int_t)r->n, "score", r->score,
+                                              "score_low", r->score_low, "score_high", r->score_high, "score_full", r->score_full, "loss",
+                                              r->loss, "loss_low", r->loss_low, "loss_high", r->loss_high, "counted", r->counted, "reading",
+                                              eval_json_reading(&r->reading)));
+    }
+    json_object_set_new(envelope, "results", list);
+    return json_print(json_incref(envelope));
+}
+
+/* The texts again, as text, one after the other; an exit code. */
+static int append_file(char **text, size_t *n_bytes, const char *path)
+{
+    char *more = NULL;
+    size_t n;
+    quarry_error error;
+    int code = cli_read_file(&more, &n, path);
+    if (code) return code;
+    if (memory_grow(text, *n_bytes + n + 1, 1, "text", &error) == QUARRY_OK) {
+        memcpy(*text + *n_bytes, more, n);
+        (*text)[*n_bytes + n] = '\n';
+        *n_bytes += n + 1;
+    } else {
+        code = cli_fail_error(&error);
+    }
+    memory_free(more);
+    return code;
+}
+
+/* An exit code. */
+static int parse_tasks(ruler_params *params, const char *text)
+{
+    for (int i = 0; i < RULER_N_TASKS && strcmp(text, "all") == 0; i++) params->tasks[i] = true;
+    if (params->tasks[0]) return CLI_OK;
+    for (const char *at = text; *at;) {
+        const size_t n = strcspn(at, ",");
+        const int task = ruler_task_find(at, n);
+        if (task < 0) return cli_fail_usage(&command_eval_ruler, "--tasks: '%.*s' is not one of RULER's", (int)n, at);
+        params->tasks[task] = true;
+        at += n + (at[n] == ',');
+    }
+    return CLI_OK;
+}
+
+static json_t *json_parameters(const eval_input *in, const ruler_settings *s)
+{
+    return json_pack("{s:s, s:s, s:I, s:I, s:o}", "tasks", s->tasks, "lengths", s->lengths, "samples", (json_int_t)s->samples, "batch_size",
+                     (json_int_t)s->eval.n_batch, "attn", eval_json_policies(in));
+}
+
+static int measure_print(const eval_input *in, const ruler_settings *s, const ruler_params *params, json_t *envelope)
+{
+    cli_progress progress;
+    quarry_error error;
+    int code = CLI_OK;
+    const int n = ruler_n_results(params);
+    ruler_result *results = memory_zero((size_t)n, sizeof *results, "results", &error);
+    if (!results) return cli_fail_error(&error);
+    const quarry_watch watch = cli_progress_start(&progress, "measuring", s->output.quiet);
+    cli_work_begin();
+    const quarry_code measured = ruler_measure(in->model, params, &watch, s->output.verbose ? on_answer : NULL, NULL, results, &error);
+    cli_work_end();
+    cli_progress_end(&progress);
+    if (measured != QUARRY_OK)
+        code = cli_fail_error(&error);
+    else if (s->output.json)
+        code = ruler_print_json(envelope, results, n);
+    else
+        ruler_print(in, s, results, n);
+    memory_free(results);
+    return code;
+}
+
+static int ruler_run_command(const void *settings, const cli_list *arguments)
+{
+    const ruler_settings *s = settings;
+    eval_input in = {0};
+    journal *kept = NULL;
+    json_t *envelope = NULL;
+    int64_t *lengths = NULL;
+    char *text = NULL;
+    quarry_error error;
+    ruler_params params = {.samples = (int)s->samples, .seed = (uint64_t)s->seed, .n_batch = (int)s->eval.n_batch};
+    int code = parse_tasks(&params, s->tasks);
+    if (!code && (params.n_lengths = (int)list_parse_numbers(s->lengths, "--lengths", 256, 1000000000, &lengths, &error)) < 0)
+        code = cli_fail_error(&error);
+    if (!code) code = eval_input_open(&in, &s->model, &s->eval, &s->output, arguments, &command_eval_ruler);
+    for (int i = 0; i < in.n_texts && !code; i++) code = append_file(&text, &params.n_bytes, in.texts[i].name);
+    params.text = text;
+    params.lengths = lengths;
+    params.attn = (const char *const *)in.policies.specs;
+    params.n_attn = in.policies.n;
+    if (!code && (s->output.json || s->journal) &&
+        !(envelope = eval_json_envelope(&in, &command_eval_ruler, s, arguments, &s->model, s->seed, json_parameters(&in, s))))
+        code = CLI_FAILED;
+    if (!code) code = eval_journal_open(&kept, s->journal, envelope);
+    params.journal = kept;
+    if (!code) code = measure_print(&in, s, &params, envelope);
+    journal_close(kept);
+    json_decref(envelope);
+    memory_free(lengths);
+    memory_free(text);
+    eval_input_close(&in);
+    return code;
+}
+
+const cli_command command_eval_ruler = {
+    "eval ruler",
+    "[options] -f FILE...",
+    "measure what a policy loses on RULER's synthetic tasks",
+    "Generates the eleven tasks of RULER (arXiv 2404.06654) that need no data set: needles in noise, in the text, and among other needles; "
+    "variables to track; common and frequent words. "
+    "Every context is read once with full attention; the question and the answer run under each policy. -v prints every answer.",
+    ruler_groups,
+    sizeof(ruler_settings),
+    ruler_run_command,
+};
