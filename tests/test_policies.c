@@ -351,7 +351,7 @@ static void a_budget_by_mass_takes_as_few_as_hold_it(void **state)
 {
     (void)state;
     world w = open_world(2, 1000, 20);
-    attn_policy *p = make("oracle:mass=0.9,budget=0,min=1,max=1");
+    attn_policy *p = make("oracle:mass=0.9,min=1,max=1");
     read_to(&w, p, 1000, 250);
     int64_t n = p->n_far - ATTN_SINKS;
     float q[N_HEAD * DIM];
@@ -588,6 +588,13 @@ static void a_cut_leaves_only_live_tokens(void **state)
             kv_truncate(w.kv, cuts[c] + ATTN_WINDOW);
             assert_int_equal(p->n_far, cuts[c]);
             step(&w, p, q, &o); /* the observer checks the ids */
+            kv_truncate(w.kv, cuts[c] + ATTN_WINDOW);
+            read_to(&w, p, 900 > cuts[c] + ATTN_WINDOW ? 900 : cuts[c] + ATTN_WINDOW,
+                    100); /* other tokens take their places, and a seal comes */
+            step(&w, p, q, &o);
+            int64_t n_read = 0;
+            for (int64_t pos = 0; pos < kv_length(w.kv); pos++) n_read += o.read[0][pos];
+            assert_true(n_read < kv_length(w.kv));
             attn_policy_destroy(p);
             close_world(&w);
         }
@@ -647,8 +654,8 @@ static void failed_allocations_lose_nothing(void **state)
 static void options_are_checked(void **state)
 {
     (void)state;
-    const char *const bad[] = {"quest:budget=2",    "oracle:bits=3",       "pqcache:bits=9",
-                               "magicpig:budget=x", "clusters:estimate=2", "snapkv:min"};
+    const char *const bad[] = {"quest:budget=2", "oracle:bits=3", "pqcache:bits=9",  "magicpig:budget=x",   "clusters:estimate=2",
+                               "snapkv:min",     "snapkv:tail=1", "snapkv:mass=0.9", "magicpig:budget=0.5", "magicpig:tail=1"};
     quarry_error e;
     for (size_t i = 0; i < TEST_COUNT(bad); i++) {
         e = (quarry_error){0};

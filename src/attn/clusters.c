@@ -1,7 +1,7 @@
 /* clusters (RetroInfer, Chen et al., arXiv 2505.02922): clusters of about 16 tokens by k-means on centred keys, made at the end of the prompt
  * in segments of 8,192 tokens. Each query head ranks the centroids: the tokens of the best clusters are read (the retrieval zone), the next
  * ones are estimated by centroid, mean value and size (the estimation zone), the rest is dropped. Tokens that follow are clustered as runs
- * of 16. As published the clusters of the retrieval zone are read whole; here the last one may be cut at the budget. */
+ * of 16; the first of them may fill the prompt's last place and join the cluster of its number. As published the clusters of the retrieval zone are read whole; here the last one may be cut at the budget. */
 #include <math.h>
 #include <string.h>
 
@@ -147,10 +147,10 @@ static void estimate(const attn_policy *policy, int layer, int head, const float
     scored_part part = scored_part_of(p, NULL, layer, head);
     float *of_clusters = arena_alloc(scratch, (size_t)g * (size_t)n_clusters, sizeof *of_clusters, NULL);
     float *scaled = arena_alloc(scratch, (size_t)(g * d), sizeof *scaled, NULL);
-    bool *touched = arena_alloc(scratch, (size_t)n_clusters, sizeof *touched, NULL);
+    bool *touched = arena_alloc(scratch, 2 * (size_t)n_clusters, sizeof *touched, NULL), *estimated = touched + n_clusters;
     uint16_t *keys = arena_alloc(scratch, (size_t)cut_padded(n_clusters), sizeof *keys, NULL);
     if (!of_clusters || !scaled || !touched || !keys) return; /* dropped, as the rest is */
-    memset(touched, 0, (size_t)n_clusters * sizeof *touched);
+    memset(touched, 0, 2 * (size_t)n_clusters * sizeof *touched);
     for (int64_t i = 0; i < sel->n; i++) {
         int64_t t = sel->ids[i] - ATTN_SINKS;
         if (t < p->n_coded) touched[place_at(&part, t / SIZE)->cluster[t % SIZE]] = true;
@@ -182,7 +182,8 @@ static void estimate(const attn_policy *policy, int layer, int head, const float
             state->l[h] = state->l[h] * before + mass;
             state->m[h] = top;
             for (int i = 0; i < d; i++) state->o[h * d + i] = state->o[h * d + i] * before + mass * value[i];
-            cost->tail_bytes += d * (int64_t)sizeof(uint16_t);
+            if (!estimated[c]) cost->tail_bytes += d * (int64_t)sizeof(uint16_t); /* heads of a group share what is read */
+            estimated[c] = true;
         }
     }
 }
@@ -192,7 +193,6 @@ static const scored_method method = {.type = &attn_clusters,
                                      .own = {"estimate"},
                                      .most = {1},
                                      .unit = SIZE,
-                                     .whole = true,
                                      .unit_bytes = unit_bytes,
                                      .table_bytes = table_bytes,
                                      .learn = learn,

@@ -191,7 +191,8 @@ static void reweigh(const attn_policy *policy, int layer, int head, const float 
     p->base.kernels->retrieval->accumulate_rows(extra, p->group, p->d, p->base.shape.kv.type, rows, n, state->o);
 }
 
-static const scored_method method = {.type = &attn_magicpig,
+static const scored_method method = {.choice = SCORED_NONE,
+                                     .type = &attn_magicpig,
                                      .defaults = {.own = {10, 150}},
                                      .own = {"bits", "tables"},
                                      .least = {1, 2},

@@ -57,7 +57,7 @@ attn_policy *scored_create(const scored_method *method, const attn_shape *shape,
     attn_option table[11] = {{"budget", &o.budget, 0, 1}, {"min", &o.min, 0, 1e9}, {"threshold", &o.threshold, 0, 1},
                              {"mass", &o.mass, 0, 1},     {"max", &o.max, 0, 1},   {"shared", &o.shared, 0, 1},
                              {"tail", &o.tail, 0, 1}};
-    int n = 7;
+    int n = method->choice == SCORED_ALL ? 7 : method->choice == SCORED_SHARE ? 2 : 0;
     for (int i = 0; i < 4 && method->own[i]; i++) table[n++] = (attn_option){method->own[i], &o.own[i], method->least[i], method->most[i]};
     if (attn_options_parse(method->type->name, spec, table, n, error) != QUARRY_OK) return NULL;
     if (shape->n_head / shape->kv.n_head_kv > ATTN_MAX_GROUP) {
@@ -102,6 +102,7 @@ attn_policy *scored_fork(const attn_policy *policy, quarry_error *error)
     p->base.n_far = from->base.n_far;
     p->capacity = from->capacity;
     p->learned = from->learned;
+    p->n_learned = from->n_learned;
     p->n_coded = from->n_coded;
     return &p->base;
 }
@@ -201,12 +202,13 @@ void scored_commit_seal(attn_policy *policy)
     scored *p = of(policy);
     if (learns_now(p)) {
         p->learned = true;
-        p->n_coded = p->base.n_far - ATTN_SINKS;
+        p->n_coded = p->n_learned = p->base.n_far - ATTN_SINKS;
     }
     if (p->inner) p->inner->type->commit_seal(p->inner);
 }
 
-/* The last unit that remains may hold tokens that are gone: it is made anew by the next append, and its tokens are read until then. */
+/* The last unit that remains may hold tokens that are gone: it is made anew by the next append, and its tokens are read until then. What was
+ * learned from tokens that are gone is learned again at the next seal, and everything read until then. */
 void scored_truncate(attn_policy *policy, int64_t n)
 {
     scored *p = of(policy);
@@ -214,9 +216,10 @@ void scored_truncate(attn_policy *policy, int64_t n)
     if (n >= p->base.n_far) return;
     p->base.n_far = n;
     n -= ATTN_SINKS;
-    if (n < p->n_coded) {
-        p->n_coded = p->method->whole ? 0 : n / p->method->unit * p->method->unit;
-        p->learned = p->learned && !p->method->whole;
+    if (n < p->n_coded) p->n_coded = n / p->method->unit * p->method->unit;
+    if (p->method->learn && n < p->n_learned) {
+        p->learned = false;
+        p->n_coded = p->n_learned = 0;
     }
     if (p->inner) p->inner->type->truncate(p->inner, n + ATTN_SINKS);
 }
@@ -328,12 +331,24 @@ static int64_t share_of(int64_t n, double share)
     return (int64_t)ceil(share * (double)n);
 }
 
+/* Pages are read whole, the last one beyond the budget. */
+static void read_whole_units(const choice *c, int64_t unit)
+{
+    for (int64_t first = 0; unit > 1 && first < c->n; first += unit) {
+        int64_t end = first + unit < c->n ? first + unit : c->n;
+        bool any = false;
+        for (int64_t t = first; t < end; t++) any |= c->read[t];
+        for (int64_t t = first; t < end; t++) c->read[t] = any;
+    }
+}
+
 quarry_code scored_select(const attn_policy *policy, int layer, int head, const kv_seq *kv, const float *q, int64_t pos,
                           const attention_state *near, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error)
 {
     (void)pos;
     const scored *p = (const scored *)policy;
-    int64_t n_far = p->base.n_far - ATTN_SINKS, n = p->n_coded, least = share_of(n, p->options.budget), min = (int64_t)p->options.min;
+    int64_t n_far = p->base.n_far - ATTN_SINKS, n = p->n_coded, min = (int64_t)p->options.min;
+    int64_t least = p->options.mass > 0 ? 0 : share_of(n, p->options.budget);
     least = least < min ? min : least;
     *out = (attn_selection){.all = least >= n || p->broken[layer * p->base.shape.kv.n_head_kv + head]};
     if (out->all || n_far == 0) return QUARRY_OK;
@@ -350,6 +365,7 @@ quarry_code scored_select(const attn_policy *policy, int layer, int head, const 
     for (int64_t t = 0; t < n_far; t++) c.read[t] = t >= n;
     if (!p->method->score(&part, scaled, n, scores, scratch, cost, error)) return QUARRY_ERROR_MEMORY;
     if (!choose_all(&c, scores, near, scratch, error)) return QUARRY_ERROR_MEMORY;
+    if (!p->method->learn) read_whole_units(&c, p->method->unit);
     int64_t k = 0;
     for (int64_t t = 0; t < n_far; t++)
         if (c.read[t]) ids[k++] = (int32_t)(ATTN_SINKS + t);

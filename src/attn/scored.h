@@ -13,7 +13,7 @@
 typedef struct scored_options {
     double budget, min;    /* share of the far tokens, and how many at least */
     double threshold, max; /* all of at least this weight, up to a share; 0: off */
-    double mass;           /* as many as this share of the mass needs, per head, up to max; 0: off */
+    double mass;           /* instead of the budget: as many as this share of the mass needs, per head, at least min, up to max; 0: off */
     double shared;         /* 1: the group's best by the largest weight over its heads; 0, and with mass: each head's best, together */
     double tail;           /* 1: the unread are estimated, by an ivfpq that is kept beside */
     double own[4];         /* the method's */
@@ -29,7 +29,15 @@ typedef struct scored_part {
     unsigned char *tables, *units;
 } scored_part;
 
+/* Which of the options of the choice a method takes. */
+typedef enum scored_choice {
+    SCORED_ALL,   /* every one */
+    SCORED_SHARE, /* budget and min */
+    SCORED_NONE
+} scored_choice;
+
 typedef struct scored_method {
+    scored_choice choice;
     const attn_policy_type *type;
     scored_options defaults;
     const char *own[4]; /* names of its options, NULL at the end */
@@ -60,6 +68,7 @@ struct scored {
     int64_t capacity; /* units */
     bool learned;
     bool *broken;       /* [n_parts]: had no memory */
+    int64_t n_learned;  /* far tokens that the tables were learned from */
     int64_t n_coded;    /* far tokens whose units are complete as of now */
     attn_policy *inner; /* the ivfpq of the tail, or NULL */
 };
@@ -76,7 +85,7 @@ struct scored {
     "budget=" budget "       share of the far tokens that is read\n"                                                                       \
     "min=16            but at least so many\n"                                                                                             \
     "threshold=0       and all of at least this estimated attention weight (0: off)\n"                                                     \
-    "mass=0            instead, as many as this share of each head's estimated mass needs (0: off)\n"                                      \
+    "mass=0            instead of a budget: as many as this share of each head's estimated mass needs (0: off)\n"                          \
     "max=0.3           with either, not more than this share\n"                                                                            \
     "shared=" shared "          1: one choice for the group, by the largest weight over its heads; 0: each head's own, together\n"         \
     "tail=0            1: estimate the unread, as ivfpq does\n"

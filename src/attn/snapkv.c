@@ -1,6 +1,6 @@
 /* snapkv (Li et al., arXiv 2404.14469): at the end of the prompt the tokens that its last queries attend to most stay, all others are
  * dropped for good. Weights of the last WINDOW queries, added up over them and the group and smoothed by the largest of POOL neighbours,
- * decide. Tokens that come later all stay. */
+ * decide. Tokens that come later all stay. The prompt is the document: a question that follows it is not among those queries, as it is in the paper. */
 #include <math.h>
 #include <string.h>
 
@@ -102,7 +102,8 @@ static quarry_code select_kept(const attn_policy *policy, int layer, int head, c
     return QUARRY_OK;
 }
 
-static const scored_method method = {.type = &attn_snapkv,
+static const scored_method method = {.choice = SCORED_SHARE,
+                                     .type = &attn_snapkv,
                                      .defaults = {.budget = 0.1, .min = 64},
                                      .unit = 1,
                                      .unit_bytes = unit_bytes,
