@@ -19,25 +19,31 @@ typedef struct world {
     random_state random;
 } world;
 
+/* Rows of the positions [first, n), in eight clusters. */
+static void write_rows(world *w, int64_t first, int64_t n)
+{
+    float centre[8][DIM], k[DIM], v[DIM];
+    for (int c = 0; c < 8; c++)
+        for (int i = 0; i < DIM; i++) centre[c][i] = 1.5f * (float)random_normal(&w->random);
+    assert_int_equal(kv_reserve(w->kv, n, NULL), QUARRY_OK);
+    for (int64_t pos = first; pos < n; pos++)
+        for (int head = 0; head < HEADS_KV; head++) {
+            const float *near = centre[random_below(&w->random, 8)];
+            for (int i = 0; i < DIM; i++) {
+                k[i] = 0.7f + near[i] + (float)random_normal(&w->random);
+                v[i] = 0.5f * near[i] + (float)random_normal(&w->random);
+            }
+            kv_write(kernels, kv_row(w->kv, 0, head, pos), &shape.kv, k, v);
+        }
+}
+
 static world open_world(int threads, int64_t n, uint64_t seed)
 {
     world w = {.kv = kv_create(&shape.kv, NULL), .pool = thread_pool_create(threads, NULL)};
     assert_non_null(w.kv);
     assert_non_null(w.pool);
     random_seed(&w.random, seed);
-    float centre[8][DIM], k[DIM], v[DIM];
-    for (int c = 0; c < 8; c++)
-        for (int i = 0; i < DIM; i++) centre[c][i] = 1.5f * (float)random_normal(&w.random);
-    assert_int_equal(kv_reserve(w.kv, n, NULL), QUARRY_OK);
-    for (int64_t pos = 0; pos < n; pos++)
-        for (int head = 0; head < HEADS_KV; head++) {
-            const float *near = centre[random_below(&w.random, 8)];
-            for (int i = 0; i < DIM; i++) {
-                k[i] = 0.7f + near[i] + (float)random_normal(&w.random);
-                v[i] = 0.5f * near[i] + (float)random_normal(&w.random);
-            }
-            kv_write(kernels, kv_row(w.kv, 0, head, pos), &shape.kv, k, v);
-        }
+    write_rows(&w, 0, n);
     return w;
 }
 
@@ -587,10 +593,9 @@ static void a_cut_leaves_only_live_tokens(void **state)
             p->type->truncate(p, cuts[c]);
             kv_truncate(w.kv, cuts[c] + ATTN_WINDOW);
             assert_int_equal(p->n_far, cuts[c]);
-            step(&w, p, q, &o); /* the observer checks the ids */
-            kv_truncate(w.kv, cuts[c] + ATTN_WINDOW);
-            read_to(&w, p, 900 > cuts[c] + ATTN_WINDOW ? 900 : cuts[c] + ATTN_WINDOW,
-                    100); /* other tokens take their places, and a seal comes */
+            step(&w, p, q, &o);                          /* the observer checks the ids */
+            write_rows(&w, cuts[c] + ATTN_WINDOW, 1000); /* other tokens take their places, and a seal comes */
+            read_to(&w, p, 1000, 100);
             step(&w, p, q, &o);
             int64_t n_read = 0;
             for (int64_t pos = 0; pos < kv_length(w.kv); pos++) n_read += o.read[0][pos];
