@@ -33,13 +33,25 @@ mkdir -p "$folder"
 build=$(sha256sum <"$quarry")
 if [ -e "$folder/build" ] && [ "$(cat "$folder/build")" != "$build" ]; then
     echo "report: quarry was built anew: measuring everything again" >&2
-    rm -f "$folder"/*.json "$folder"/*.json.command "$folder"/*.journal
+    rm -f "$folder"/*.json "$folder"/*.json.command "$folder"/*.journal "$folder"/*.codebook
 fi
 printf '%s\n' "$build" >"$folder/build"
 
+# Two texts are for calibration, the others are measured.
+calibration=("$documents/mansfield-park.txt" "$documents/pride-and-prejudice.txt")
+texts=()
+for text in "$documents"/*.txt; do
+    case " ${calibration[*]} " in *" $text "*) ;; *) texts+=("$text") ;; esac
+done
+codebook=$folder/a2ats.codebook
+if grep -v '^#' "$policies" | grep -q CODEBOOK && ! [ -e "$codebook" ]; then
+    echo "report: calibrating a2ats" >&2
+    "$quarry" calibrate -m "$model" -f "${calibration[0]}" -f "${calibration[1]}" -o "$codebook" >&2
+fi
+
 attn=()
 while IFS= read -r policy; do
-    case $policy in '' | '#'*) ;; *) attn+=(--attn "$policy") ;; esac
+    case $policy in '' | '#'*) ;; *) attn+=(--attn "${policy//CODEBOOK/$codebook}") ;; esac
 done <"$policies"
 
 # measure NAME COMMAND…: its output becomes FOLDER/NAME.json, whole or not at all; it is measured again only if the command is another one.
@@ -55,14 +67,13 @@ measure() {
     printf '%s\n' "$*" >"$out.command"
 }
 
-texts=("$documents"/*.txt)
 for depth in "${depths[@]}"; do
     measure "kld-$depth" "$quarry" eval kld -m "$model" --json --task both --audit -d "$depth" -n "$steps" --samples "$samples" --needles "$needles" \
         --journal "$folder/kld-$depth.journal" "${attn[@]}" "${texts[@]}"
 done
 measure needle "$quarry" eval needle -m "$model" --json -d "$lengths" --count "$count" "${attn[@]}" "${texts[@]}"
 if [ -n "$ruler" ] && "$quarry" eval ruler --help >/dev/null 2>&1; then
-    measure ruler "$quarry" eval ruler -m "$model" --json "${attn[@]}" "${texts[@]}"
+    measure ruler "$quarry" eval ruler -m "$model" --json --journal "$folder/ruler.journal" "${attn[@]}" "${texts[@]}"
 fi
 "$quarry" eval report "${results[@]}" -o "$folder/report.html"
 echo "$folder/report.html"

@@ -31,9 +31,13 @@ typedef struct frame {
 
 /* ---- curves ---- */
 
+/* How much is read, whatever else a policy does. */
 static bool is_budget(const char *option, size_t n)
 {
-    return (n > 7 && !strncmp(option, "budget=", 7)) || (n > 5 && !strncmp(option, "mass=", 5));
+    static const char *const keys[] = {"budget=", "mass=", "threshold="};
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+        if (n > strlen(keys[i]) && !strncmp(option, keys[i], strlen(keys[i]))) return true;
+    return false;
 }
 
 /* "ivfpq:budget=0.03,tail=1" is the point "0.03" of the curve "ivfpq:tail=1". */
