@@ -8,7 +8,7 @@
 References: the `regex` package with the published patterns for the splits, Hugging Face `tokenizers` for byte-level BPE, llama.cpp for
 SentencePiece (its program is compiled here), `jinja2` for the templates. Vocabularies of others are read and not stored.
 
-  make_tokenizer_fixtures.py --model SmolLM2.gguf --vocabs FOLDER --llama-source FOLDER --llama-libraries FOLDER [--output tests/data]
+  make_tokenizer_fixtures.py --model SmolLM2.gguf --gemma GEMMA3.gguf --vocabs FOLDER --llama-source FOLDER --llama-libraries FOLDER [--output tests/data]
 
 --vocabs: ggml-vocab-{qwen2,llama-bpe,gpt-2,llama-spm,phi-3}.gguf, as in llama.cpp's models/.
 Needs: pip install gguf tokenizers regex jinja2
@@ -251,6 +251,7 @@ def write_tokenizer(output, options):
     vocabularies = [(f"tokenizer_{name}", output / f"tokenizer_{name}.gguf") for name in list(PATTERNS) + ["spm", "spm-crossing"]]
     vocabularies.append(("smollm2", options.model))
     vocabularies += [(name, options.vocabs / f"{name}.gguf") for name in (f"ggml-vocab-{v}" for v in ("qwen2", "llama-bpe", "gpt-2", "llama-spm", "phi-3"))]
+    vocabularies.append(("gemma3", options.gemma))
     with tempfile.TemporaryDirectory() as folder:
         llama = build_llama(folder, options.llama_source, options.llama_libraries)
         for name, path in vocabularies:
@@ -536,7 +537,7 @@ def write_chat(output):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("--model", "--vocabs", "--llama-source", "--llama-libraries"):
+    for name in ("--model", "--gemma", "--vocabs", "--llama-source", "--llama-libraries"):
         p.add_argument(name, type=pathlib.Path, required=True)
     p.add_argument("--output", type=pathlib.Path, default=pathlib.Path("tests/data"))
     options = p.parse_args()

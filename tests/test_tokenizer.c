@@ -259,6 +259,18 @@ static void test_ids_of_other_vocabularies(void **state)
     }
 }
 
+/* Gemma 3: no space in front of a text, pieces that cross spaces, runs of spaces and line feeds as user-defined pieces. */
+static void test_ids_of_gemma3(void **state)
+{
+    (void)state;
+    const char *path = getenv("QUARRY_TEST_GEMMA");
+    if (!path || !*path) {
+        print_message("SKIPPED: QUARRY_TEST_GEMMA does not name the Gemma 3 model (scripts/fetch-gemma.sh)\n");
+        skip();
+    }
+    assert_all_ids(open_tokenizer(path), "gemma3");
+}
+
 /* ---- any bytes, any length ---- */
 
 static void assert_round_trip(const tokenizer *t, const char *bytes, size_t n, bool prefixed)
@@ -656,6 +668,7 @@ int main(void)
         cmocka_unit_test(test_ids_of_smollm2),
         cmocka_unit_test(test_ids_of_smollm2_written_out),
         cmocka_unit_test(test_ids_of_other_vocabularies),
+        cmocka_unit_test(test_ids_of_gemma3),
         cmocka_unit_test(test_any_bytes_come_back),
         cmocka_unit_test(test_long_runs_end_on_a_small_stack),
         cmocka_unit_test(test_merges_apply_by_rank_then_from_the_left),

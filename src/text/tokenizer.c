@@ -78,7 +78,8 @@ static void find_bytes_before_spaces(tokenizer *t)
         size_t n;
         const char *bytes = vocab_bytes(&t->vocab, (int32_t)id, &n);
         for (size_t i = 1; i < n; i++)
-            if (bytes[i] == ' ' && t->vocab.type[id] != PIECE_CONTROL) t->before_space[(unsigned char)bytes[i - 1]] = true;
+            if (bytes[i] == ' ' && t->vocab.type[id] != PIECE_CONTROL && t->vocab.type[id] != PIECE_USER)
+                t->before_space[(unsigned char)bytes[i - 1]] = true;
     }
 }
 

@@ -106,8 +106,10 @@ static size_t slot_count(size_t n)
     return slots;
 }
 
+/* SentencePiece merges text in which spaces are U+2581: user-defined pieces, which are kept as they are written, are not reached across a space. */
 static bool text_can_become(const vocab *v, int64_t id)
 {
+    if (v->sentencepiece && v->type[id] == PIECE_USER) return !memchr(v->bytes + v->begin[id], ' ', v->begin[id + 1] - v->begin[id]);
     return v->type[id] == PIECE_NORMAL || v->type[id] == PIECE_USER || v->type[id] == PIECE_UNUSED;
 }
 
@@ -297,7 +299,7 @@ int32_t vocab_special(const vocab *v, const char *text, size_t n, bool control, 
 
 /* ---- reading ---- */
 
-static void piece_read(vocab *v, int64_t id, const char *text, size_t n, bool sentencepiece, size_t *end)
+static void piece_read(vocab *v, int64_t id, const char *text, size_t n, size_t *end)
 {
     char *out = v->bytes + *end;
     int byte = v->type[id] == PIECE_BYTE ? written_byte(text, n) : -1;
@@ -309,7 +311,7 @@ static void piece_read(vocab *v, int64_t id, const char *text, size_t n, bool se
     } else if (v->type[id] == PIECE_CONTROL || v->type[id] == PIECE_USER || v->type[id] == PIECE_UNKNOWN) {
         memcpy(out, text, n);
         *end += n;
-    } else if (sentencepiece) {
+    } else if (v->sentencepiece) {
         *end += decode_spaces(text, n, out);
     } else {
         bool literal;
@@ -333,7 +335,7 @@ static void piece_type_read(vocab *v, int64_t id, int64_t type, const char *text
     if (v->ends[id]) v->type[id] = PIECE_CONTROL;
 }
 
-static quarry_code read_pieces(vocab *v, const gguf_file *g, bool sentencepiece, quarry_error *error)
+static quarry_code read_pieces(vocab *v, const gguf_file *g, quarry_error *error)
 {
     v->n = gguf_array(g, TOKENS, GGUF_STRING);
     if (v->n <= 0 || v->n > INT32_MAX - 1)
@@ -353,7 +355,7 @@ static quarry_code read_pieces(vocab *v, const gguf_file *g, bool sentencepiece,
         const char *text = gguf_array_string(g, TOKENS, id, &n);
         if (!text) text = "", n = 0;
         piece_type_read(v, id, n_types >= 0 ? gguf_array_int(g, TYPES, id) : PIECE_NORMAL, text, n);
-        piece_read(v, id, text, n, sentencepiece, &end);
+        piece_read(v, id, text, n, &end);
     }
     v->begin[v->n] = end;
     return QUARRY_OK;
@@ -361,10 +363,10 @@ static quarry_code read_pieces(vocab *v, const gguf_file *g, bool sentencepiece,
 
 quarry_code vocab_create(vocab *v, const gguf_file *g, bool sentencepiece, quarry_error *error)
 {
-    *v = (vocab){0};
+    *v = (vocab){.sentencepiece = sentencepiece};
     for (int b = 0; b < 256; b++) v->byte_ids[b] = -1;
     quarry_code code;
-    if ((code = read_pieces(v, g, sentencepiece, error)) != QUARRY_OK) goto done;
+    if ((code = read_pieces(v, g, error)) != QUARRY_OK) goto done;
     if ((code = index_pieces(v, error)) != QUARRY_OK) goto done;
     for (int b = 0; b < 256; b++) {
         char byte = (char)b;

@@ -28,6 +28,7 @@ typedef struct merge {
 } merge;
 
 typedef struct vocab {
+    bool sentencepiece;
     int64_t n;
     char *bytes;     /* all pieces, decoded, one after the other */
     size_t *begin;   /* [n + 1], into bytes */
