@@ -3,7 +3,7 @@
 
     make_tiny_models.py FOLDER [MODEL...]
 
-FOLDER/MODEL-TYPE.gguf, for example llama-f32.gguf (about 0.4 MB; all together 6 MB, in a few seconds). The standard library suffices.
+FOLDER/MODEL-TYPE.gguf, for example llama-f32.gguf (about 0.4 MB; all together 8 MB, in a few seconds). The standard library suffices.
 
 The weights come from random.random() of a fixed seed, which Python promises to keep, and from exactly rounded arithmetic: they are the same on
 every machine, so that stored reference logits (make_model_fixtures.py) belong to them. Their scales make attention choose (scores spread by about 2)
@@ -31,6 +31,8 @@ MODELS = {
                         pre="llama-bpe", add_bos=True, llama3=dict(factor=8.0, low=1.0, high=4.0, original=64)),
     "qwen2": dict(arch="qwen2", seed=5, n_embd=64, n_layer=3, n_head=4, n_head_kv=2, head_dim=16, n_ff=96, base=1000000.0, tied=True, pre="qwen2"),
     "qwen3": dict(arch="qwen3", seed=6, n_embd=64, n_layer=3, n_head=4, n_head_kv=2, head_dim=32, n_ff=96, base=1000000.0, tied=False, pre="qwen2"),
+    # five layers with a window, one that sees everything, one with a window
+    "gemma3": dict(arch="gemma3", seed=7, n_embd=64, n_layer=7, n_head=4, n_head_kv=1, head_dim=32, n_ff=96, base=1000000.0, tied=True, pre="smollm", window=16),
 }
 RMS_EPSILON, N_CONTEXT = 1e-5, 16384
 
@@ -157,11 +159,12 @@ def make_tensors(m):
         if m["arch"] == "qwen2":
             for part, n in (("q", q), ("k", kv), ("v", kv)):
                 add(layer + "attn_%s.bias" % part, (n,), 0.5)
-        if m["arch"] == "qwen3":
+        if m["arch"] in ("qwen3", "gemma3"):
             for part in "qk":
                 add(layer + "attn_%s_norm.weight" % part, (d,), 0.3, 1.4)
         add(layer + "attn_output.weight", (q, n_embd), 0.7 / math.sqrt(q))
-        add(layer + "ffn_norm.weight", (n_embd,), 0.2, 1.0)
+        for norm in ("post_attention_norm", "ffn_norm", "post_ffw_norm") if m["arch"] == "gemma3" else ("ffn_norm",):
+            add(layer + norm + ".weight", (n_embd,), 0.2, 1.0)
         add(layer + "ffn_gate.weight", (n_embd, n_ff), unit)
         add(layer + "ffn_up.weight", (n_embd, n_ff), unit)
         add(layer + "ffn_down.weight", (n_ff, n_embd), 1 / math.sqrt(n_ff))
@@ -200,6 +203,8 @@ def make_pairs(name, m, kind):
     ]
     if m["head_dim"] * m["n_head"] != m["n_embd"]:
         pairs += [(arch + ".attention.key_length", UINT32, m["head_dim"]), (arch + ".attention.value_length", UINT32, m["head_dim"])]
+    if "window" in m:
+        pairs.append((arch + ".attention.sliding_window", UINT32, m["window"]))
     if arch == "llama":
         pairs.append((arch + ".rope.dimension_count", UINT32, m["head_dim"]))
     return pairs

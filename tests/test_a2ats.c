@@ -10,7 +10,7 @@
 enum { DIM = 16, GROUP = 3, CENTROIDS = 24, N = 700, DISTANCE = 300 };
 
 static const double inverse[DIM / 2] = {1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003};
-static const attn_shape shape = {.kv = {1, 1, DIM, KV_F32},
+static const attn_shape shape = {.kv = {.n_layer = 1, .n_head_kv = 1, .head_dim = DIM, .type = KV_F32},
                                  .n_head = GROUP,
                                  .scale = 0.25f,
                                  .rope = {.n_rot = DIM, .halves = true, .inverse = inverse},

@@ -8,7 +8,8 @@
 
 enum { HEADS_KV = 2, GROUP = 3, DIM = 16, N_HEAD = HEADS_KV * GROUP };
 
-static const attn_shape shape = {.kv = {1, HEADS_KV, DIM, KV_F32}, .n_head = N_HEAD, .scale = 0.25f};
+static const attn_shape shape = {
+    .kv = {.n_layer = 1, .n_head_kv = HEADS_KV, .head_dim = DIM, .type = KV_F32}, .n_head = N_HEAD, .scale = 0.25f};
 
 typedef struct setup {
     const math_kernels *kernels;
@@ -134,6 +135,100 @@ static void one_row_over_many_splits_equals_naive_attention(void **state)
     setup_free(&s);
 }
 
+typedef struct told {
+    atomic_int n;
+    int64_t n_sinks, far_end;
+    bool all;
+    double log_mass[N_HEAD];
+} told;
+
+static void listen(void *data, const attn_reading *r, arena *scratch)
+{
+    told *t = data;
+    (void)scratch;
+    atomic_fetch_add(&t->n, 1);
+    if (r->head == 0) {
+        t->n_sinks = r->n_sinks;
+        t->far_end = r->far_end;
+        t->all = r->selected->all;
+    }
+    for (int g = 0; g < r->group; g++) t->log_mass[r->head * r->group + g] = (double)r->state->m[g] + log((double)r->state->l[g]);
+}
+
+/* Layer 0 of what follows has a window, and no layer sees everything: the same rows, and a hole up to where the window begins. */
+static attn_shape windowed(int window)
+{
+    attn_shape local = shape;
+    local.kv.n_layer = 0;
+    local.kv.n_local = 1;
+    local.kv.window = window;
+    return local;
+}
+
+static float *run_windowed(setup *s, int window, const attn_row *rows, int64_t n, const float *q, attn_cost *cost)
+{
+    const attn_shape local = windowed(window);
+    float *out = calloc((size_t)n * N_HEAD * DIM, sizeof *out);
+    attn_context c = {s->kernels, s->pool, s->scratch, &s->shared};
+    assert_int_equal(attn_forward(&c, &local, 0, rows, n, q, out, cost, NULL), QUARRY_OK);
+    return out;
+}
+
+static void a_local_layer_reads_its_window(void **state)
+{
+    (void)state;
+    enum { ROWS = 150 };
+    const int windows[] = {1, 2, 63, 64, 65, 100, 300, 1000};
+    const int64_t firsts[] = {0, 1, 400};
+    setup s;
+    setup_make(&s, 2, 400 + ROWS);
+    attn_policy *policy = attn_policy_create("window", &shape, s.kernels, NULL);
+    assert_int_equal(attn_index_advance(policy, s.kv, s.pool, s.scratch, NULL), QUARRY_OK);
+    told heard = {0};
+    const attn_observer observer = {listen, &heard};
+    float *q = queries(&s, ROWS);
+    for (size_t i = 0; i < TEST_COUNT(windows) * TEST_COUNT(firsts) * 3; i++) {
+        const int window = windows[i / 3 % TEST_COUNT(windows)];
+        const int64_t first = firsts[i / 3 / TEST_COUNT(windows)], n = i % 3 == 2 ? 3 : ROWS; /* a document, a question, a few rows */
+        attn_row rows[ROWS];
+        attn_cost cost[ROWS] = {{0}};
+        for (int64_t r = 0; r < n; r++)
+            rows[r] = (attn_row){.kv = s.kv, .policy = policy, .pos = first + r, .dense = i % 3 == 0, .observer = &observer};
+        float *out = run_windowed(&s, window, rows, n, q, cost);
+        for (int64_t r = 0; r < n; r++) {
+            const int64_t begin = rows[r].pos - window + 1;
+            check(&s, &rows[r], 1, q + r * N_HEAD * DIM, out + r * N_HEAD * DIM, 0, begin > 0 ? begin : 0);
+            assert_int_equal(cost[r].rows, HEADS_KV * (begin > 0 ? window : rows[r].pos + 1));
+        }
+        free(out);
+    }
+    assert_int_equal(atomic_load(&heard.n), 0);
+    attn_policy_destroy(policy);
+    free(q);
+    setup_free(&s);
+}
+
+/* A row of a document gives the same bits, whatever rows are read with it. */
+static void neighbours_do_not_change_a_local_row(void **state)
+{
+    (void)state;
+    enum { ROWS = 130, FIRST = 350 };
+    setup s;
+    setup_make(&s, 2, FIRST + ROWS);
+    attn_row rows[ROWS];
+    for (int64_t r = 0; r < ROWS; r++) rows[r] = (attn_row){.kv = s.kv, .pos = FIRST + r, .dense = true};
+    float *q = queries(&s, ROWS), *all = run_windowed(&s, 100, rows, ROWS, q, NULL);
+    for (int64_t r = 0, n; r < ROWS; r += n) {
+        n = 1 + r % 7 * 5 < ROWS - r ? 1 + r % 7 * 5 : ROWS - r;
+        float *some = run_windowed(&s, 100, rows + r, n, q + r * N_HEAD * DIM, NULL);
+        assert_memory_equal(some, all + r * N_HEAD * DIM, (size_t)n * N_HEAD * DIM * sizeof *some);
+        free(some);
+    }
+    free(q);
+    free(all);
+    setup_free(&s);
+}
+
 static void window_reads_sinks_and_local_rows_only(void **state)
 {
     (void)state;
@@ -159,26 +254,6 @@ static void window_reads_sinks_and_local_rows_only(void **state)
     free(out);
     free(dense);
     setup_free(&s);
-}
-
-typedef struct told {
-    atomic_int n;
-    int64_t n_sinks, far_end;
-    bool all;
-    double log_mass[N_HEAD];
-} told;
-
-static void listen(void *data, const attn_reading *r, arena *scratch)
-{
-    told *t = data;
-    (void)scratch;
-    atomic_fetch_add(&t->n, 1);
-    if (r->head == 0) {
-        t->n_sinks = r->n_sinks;
-        t->far_end = r->far_end;
-        t->all = r->selected->all;
-    }
-    for (int g = 0; g < r->group; g++) t->log_mass[r->head * r->group + g] = (double)r->state->m[g] + log((double)r->state->l[g]);
 }
 
 /* Also where everything is read, which is otherwise not a search. */
@@ -301,6 +376,8 @@ int main(void)
         cmocka_unit_test(dense_rows_equal_naive_attention),
         cmocka_unit_test(one_row_over_many_splits_equals_naive_attention),
         cmocka_unit_test(window_reads_sinks_and_local_rows_only),
+        cmocka_unit_test(a_local_layer_reads_its_window),
+        cmocka_unit_test(neighbours_do_not_change_a_local_row),
         cmocka_unit_test(observer_is_told_what_each_head_read),
         cmocka_unit_test(result_does_not_depend_on_threads),
         cmocka_unit_test(failing_scratch_is_an_error_not_a_wrong_result),

@@ -792,7 +792,7 @@ static void select_without_scratch_memory_is_an_error(void **state)
 static void options_are_checked(void **state)
 {
     (void)state;
-    attn_shape shape = {.kv = {1, 1, 64, KV_F16}, .n_head = 1, .scale = 0.125f};
+    attn_shape shape = {.kv = {.n_layer = 1, .n_head_kv = 1, .head_dim = 64, .type = KV_F16}, .n_head = 1, .scale = 0.125f};
     quarry_error error;
     const char *const bad[] = {"budget=2", "budget", "size=0", "segment=1", "nothing=1", "min=x", "refine=2", "values=-1"};
     for (size_t i = 0; i < TEST_COUNT(bad); i++) assert_null(attn_ivfpq.create(&shape, kernels, bad[i], &error));

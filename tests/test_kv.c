@@ -5,7 +5,7 @@
 
 enum { LAYERS = 3, HEADS = 2, DIM = 16 };
 
-static const kv_shape shape = {LAYERS, HEADS, DIM, KV_F32};
+static const kv_shape shape = {.n_layer = LAYERS, .n_head_kv = HEADS, .head_dim = DIM, .type = KV_F32};
 
 static void fill(kv_seq *kv, int64_t first, int64_t end, float salt)
 {
@@ -131,10 +131,97 @@ static void failed_allocations_change_nothing(void **state)
     kv_destroy(fork);
 }
 
+enum { WINDOW = 100 };
+
+static const kv_shape windowed = {
+    .n_layer = 1, .n_head_kv = HEADS, .head_dim = DIM, .type = KV_F32, .n_local = LAYERS - 1, .window = WINDOW};
+
+/* n tokens, 50 at a time, as a session feeds them. */
+static kv_seq *fed(int64_t n)
+{
+    kv_seq *kv = kv_create(&windowed, NULL);
+    for (int64_t at = 0; at < n; at += 50) {
+        int64_t end = at + 50 < n ? at + 50 : n;
+        assert_int_equal(kv_reserve(kv, end, NULL), QUARRY_OK);
+        fill(kv, at, end, 0);
+    }
+    return kv;
+}
+
+static void check_windowed(const kv_seq *kv, int64_t n, float salt)
+{
+    float k[DIM];
+    for (int layer = 0; layer < LAYERS; layer++)
+        for (int64_t pos = kv_first_seen(&windowed, layer, n); pos < n; pos++) {
+            kv_read_key(math_kernels_get(CPU_SCALAR), kv_row(kv, layer, 1, pos), &windowed, k);
+            assert_true(k[3] == salt + (float)(((pos * LAYERS + layer) * HEADS + 1) * DIM + 3));
+        }
+}
+
+static void local_layers_forget_what_no_later_token_sees(void **state)
+{
+    (void)state;
+    const int64_t n = KV_PAGE * 20 + 30;
+    kv_seq *kv = fed(n);
+    size_t most;
+    check_windowed(kv, n, 0);
+    assert_int_equal(kv_first_seen(&windowed, 0, n), 0);
+    assert_int_equal(kv_first_seen(&windowed, 1, n), n - WINDOW + 1);
+    assert_true(kv_bytes_for(&windowed, n, 50, &most));
+    assert_in_range(kv_bytes(kv), most * 2 / 3, most);
+    const double row = (double)kv_row_bytes(KV_F32, DIM) * HEADS;
+    assert_true(kv_bytes_seen(&windowed, n) == row * (double)(n + (LAYERS - 1) * WINDOW));
+    assert_true(kv_bytes_seen(&windowed, 7) == row * 7 * LAYERS);
+    kv_destroy(kv);
+}
+
+static void what_is_taken_back_can_be_written_again(void **state)
+{
+    (void)state;
+    const int64_t n = KV_PAGE * 8 + 30;
+    kv_seq *kv = fed(n), *fork = kv_fork(kv, NULL);
+    assert_in_range(kv_least(kv), 1, n - KV_SLACK);
+    kv_truncate(fork, kv_least(fork));
+    check_windowed(fork, kv_length(fork), 0);
+    assert_int_equal(kv_reserve(fork, n, NULL), QUARRY_OK);
+    int64_t first = kv_length(fork);
+    fill(fork, first, n, 0);
+    check_windowed(fork, n, 0);
+    check_windowed(kv, n, 0);
+    kv_destroy(kv);
+    check_windowed(fork, n, 0);
+    kv_truncate(fork, 0);
+    assert_int_equal(kv_bytes(fork), 0);
+    assert_int_equal(kv_least(fork), 1);
+    assert_int_equal(kv_reserve(fork, 10, NULL), QUARRY_OK);
+    fill(fork, 0, 10, 0);
+    check_windowed(fork, 10, 0);
+    kv_destroy(fork);
+}
+
+static void local_pages_fail_as_the_others(void **state)
+{
+    (void)state;
+    kv_seq *kv = fed(KV_PAGE * 5 + 3), *fork = kv_fork(kv, NULL);
+    quarry_code code = QUARRY_ERROR_MEMORY;
+    int64_t n = 0;
+    for (; code != QUARRY_OK; n++) {
+        memory_fail_after(n);
+        code = kv_reserve(fork, KV_PAGE * 8, NULL);
+        memory_fail_after(-1);
+        check_windowed(fork, kv_length(fork), 0);
+        check_windowed(kv, kv_length(kv), 0);
+        assert_true(n < 100);
+    }
+    assert_true(n >= 5); /* copies of both last pages, the table, and pages of both kinds failed at least once */
+    kv_destroy(kv);
+    kv_destroy(fork);
+}
+
 static void f16_rows_round_to_nearest(void **state)
 {
     (void)state;
-    kv_shape half = {1, 1, DIM, KV_F16};
+    kv_shape half = {.n_layer = 1, .n_head_kv = 1, .head_dim = DIM, .type = KV_F16};
     kv_seq *kv = kv_create(&half, NULL);
     assert_int_equal(kv_reserve(kv, 1, NULL), QUARRY_OK);
     float k[DIM], v[DIM], out[DIM];
@@ -159,6 +246,9 @@ int main(void)
         cmocka_unit_test(a_fork_sees_the_past_and_writes_its_own_future),
         cmocka_unit_test(truncation_frees_pages_and_writing_goes_on),
         cmocka_unit_test(failed_allocations_change_nothing),
+        cmocka_unit_test(local_layers_forget_what_no_later_token_sees),
+        cmocka_unit_test(what_is_taken_back_can_be_written_again),
+        cmocka_unit_test(local_pages_fail_as_the_others),
         cmocka_unit_test(f16_rows_round_to_nearest),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

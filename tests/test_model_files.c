@@ -126,7 +126,7 @@ static void an_unknown_architecture_is_named(void **state)
     unsigned char *value = after(&m, m.bytes, "general.architecture") + 4 + 8;
     assert_memory_equal(value, "llama", 5);
     memcpy(value, "zamba", 5);
-    expect_refusal(&m, QUARRY_ERROR_UNSUPPORTED, "architecture not supported: zamba (supported: llama, qwen2, qwen3)");
+    expect_refusal(&m, QUARRY_ERROR_UNSUPPORTED, "architecture not supported: zamba (supported: llama, qwen2, qwen3, gemma3)");
 }
 
 static void a_missing_tensor_is_named(void **state)
@@ -143,6 +143,9 @@ static void a_missing_tensor_is_named(void **state)
     image m = load("qwen2-f32.gguf"); /* where biases are part of the architecture */
     rename_to(&m, "blk.0.attn_k.bias", "blk.0.attn_X.bias");
     expect_refusal(&m, QUARRY_ERROR_FORMAT, "blk.0.attn_k.bias is missing");
+    m = load("gemma3-f32.gguf");
+    rename_to(&m, "blk.3.post_ffw_norm.weight", "blk.3.post_fXX_norm.weight");
+    expect_refusal(&m, QUARRY_ERROR_FORMAT, "blk.3.post_ffw_norm.weight is missing");
 }
 
 static void a_tensor_that_nothing_reads_is_refused(void **state)
@@ -176,6 +179,20 @@ static void dimensions_out_of_range_are_refused(void **state)
             set_u32(&m, keys[i], values[j]);
             expect_refusal(&m, QUARRY_ERROR_FORMAT, "out of range");
         }
+}
+
+static void windows_without_sense_are_refused(void **state)
+{
+    (void)state;
+    const uint32_t values[] = {0, UINT32_MAX};
+    for (size_t i = 0; i < TEST_COUNT(values); i++) {
+        image m = load("gemma3-f32.gguf");
+        set_u32(&m, "gemma3.attention.sliding_window", values[i]);
+        expect_refusal(&m, QUARRY_ERROR_FORMAT, "gemma3.attention.sliding_window is missing or out of range");
+    }
+    image m = load("gemma3-f32.gguf");
+    set_u32(&m, "gemma3.block_count", 5);
+    expect_refusal(&m, QUARRY_ERROR_UNSUPPORTED, "without a layer that sees the whole context");
 }
 
 static void numbers_without_sense_are_refused(void **state)
@@ -226,7 +243,7 @@ int main(void)
         cmocka_unit_test(an_unknown_architecture_is_named),       cmocka_unit_test(a_missing_tensor_is_named),
         cmocka_unit_test(a_tensor_that_nothing_reads_is_refused), cmocka_unit_test(shapes_that_contradict_the_metadata_are_refused),
         cmocka_unit_test(dimensions_out_of_range_are_refused),    cmocka_unit_test(numbers_without_sense_are_refused),
-        cmocka_unit_test(what_the_pass_does_not_do_is_refused),
+        cmocka_unit_test(what_the_pass_does_not_do_is_refused),   cmocka_unit_test(windows_without_sense_are_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

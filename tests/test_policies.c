@@ -10,7 +10,8 @@
 enum { DIM = 32, GROUP = 2, HEADS_KV = 2, N_HEAD = GROUP * HEADS_KV, MOST = 1600 };
 
 static const math_kernels *kernels;
-static const attn_shape shape = {.kv = {1, HEADS_KV, DIM, KV_F32}, .n_head = N_HEAD, .scale = 0.17677669f};
+static const attn_shape shape = {
+    .kv = {.n_layer = 1, .n_head_kv = HEADS_KV, .head_dim = DIM, .type = KV_F32}, .n_head = N_HEAD, .scale = 0.17677669f};
 
 typedef struct world {
     kv_seq *kv;

@@ -201,6 +201,52 @@ static void truncating_and_going_on_equals_never_having_read(void **state)
     quarry_model_close(m);
 }
 
+/* Gemma 3's layers with a window: what was read, taken back and fed again equals what a session without that past gives. */
+static void windows_survive_forks_and_truncation(void **state)
+{
+    (void)state;
+    enum { LONG = 2000, BACK = LONG - 300 };
+    quarry_model *m = open_model("gemma3-f32.gguf", 2);
+    quarry_session *s = open_session(m, "full", 64), *fresh = open_session(m, "full", 100);
+    quarry_error e = {0};
+    for (int64_t i = 0; i < LONG; i += N) read_tokens(s, 0, N);
+    for (int64_t i = 0; i < BACK; i += 100) read_tokens(fresh, i % N, 100);
+    quarry_session *fork = quarry_session_fork(s, &e);
+    assert_int_equal(quarry_session_truncate(fork, BACK, NULL), 0);
+    feed_tokens(fork, N, QUESTION);
+    feed_tokens(fresh, N, QUESTION);
+    assert_true(distance(quarry_session_logits(fork), quarry_session_logits(fresh)) < 1e-4);
+    assert_int_equal(quarry_session_truncate(s, 100, &e), QUARRY_ERROR_ARGUMENT); /* windows there are forgotten */
+    assert_non_null(strstr(e.message, "sliding window of 16"));
+    assert_int_equal(quarry_session_length(s), LONG);
+    assert_int_equal(quarry_session_truncate(s, 0, NULL), 0);
+    read_tokens(s, 0, N);
+    quarry_session_close(fresh);
+    fresh = open_session(m, "full", 64);
+    read_tokens(fresh, 0, N);
+    assert_memory_equal(quarry_session_logits(s), quarry_session_logits(fresh), (size_t)n_vocab * sizeof(float));
+    quarry_session_close(s);
+    quarry_session_close(fork);
+    quarry_session_close(fresh);
+    quarry_model_close(m);
+}
+
+/* One layer of seven is searched; the others read their 16 rows under any policy, and `full` is charged no more. */
+static void costs_count_windows(void **state)
+{
+    (void)state;
+    quarry_model *m = open_model("gemma3-f32.gguf", 2);
+    const char *const specs[] = {"full", "window"};
+    for (int i = 0; i < 2; i++) {
+        quarry_session *s = open_session(m, specs[i], 64);
+        read_tokens(s, 0, N);
+        feed_tokens(s, N, 1);
+        assert_int_equal(session_cost(s).rows, 6 * 16 + (i == 0 ? N + 1 : ATTN_SINKS + ATTN_WINDOW + 1));
+        quarry_session_close(s);
+    }
+    quarry_model_close(m);
+}
+
 static void too_many_tokens_are_refused_before_any_work(void **state)
 {
     (void)state;
@@ -433,6 +479,8 @@ int main(void)
         cmocka_unit_test(feeding_one_by_one_equals_feeding_at_once),
         cmocka_unit_test(forks_answer_alike_and_independently),
         cmocka_unit_test(truncating_and_going_on_equals_never_having_read),
+        cmocka_unit_test(windows_survive_forks_and_truncation),
+        cmocka_unit_test(costs_count_windows),
         cmocka_unit_test(too_many_tokens_are_refused_before_any_work),
         cmocka_unit_test(cancelling_leaves_a_session_that_can_go_on),
         cmocka_unit_test(failed_allocations_leave_the_session_usable),

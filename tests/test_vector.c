@@ -92,6 +92,34 @@ static void test_swiglu_matches_double(void **state)
     }
 }
 
+static void test_geglu_matches_double(void **state)
+{
+    (void)state;
+    level list[3];
+    int n_levels = levels(list);
+    random_state r;
+    random_seed(&r, 9);
+    for (int t = 0; t < n_levels * N_LENGTHS; t++) {
+        const level *l = &list[t / N_LENGTHS];
+        int64_t n = lengths[t % N_LENGTHS];
+        float gate[MAX], up[MAX], y[MAX];
+        fill(&r, gate, n, 3), fill(&r, up, n, 2);
+        gate[0] = -120; /* exp overflows f32: the result is 0, not NaN */
+        gate[n / 2] = n > 1 ? 120 : gate[0];
+        y[n] = 42;
+        l->kernels->geglu(gate, up, n, y);
+        for (int64_t i = 0; i < n; i++) {
+            double z = (double)gate[i], u = sqrt(2 / 3.14159265358979323846) * (z + 0.044715 * z * z * z);
+            double want = z / 2 * (1 + tanh(u)) * (double)up[i];
+            /* exp(-2u) has the rounding of u, and 1 + tanh(u) of the formula as it is written cancels */
+            expect_near(l->name, n, (double)y[i], want, (2e-6 + 5e-7 * fmin(fabs(u), 90)) * fabs(want) + 1e-13 * fabs(z * (double)up[i]));
+        }
+        assert_true(y[n] == 42);
+        l->kernels->geglu(gate, up, n, gate);
+        assert_memory_equal(gate, y, (size_t)n * sizeof *gate);
+    }
+}
+
 static void test_rope_rotates_pairs_and_leaves_the_rest(void **state)
 {
     (void)state;
@@ -271,6 +299,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rms_norm_matches_double),
         cmocka_unit_test(test_swiglu_matches_double),
+        cmocka_unit_test(test_geglu_matches_double),
         cmocka_unit_test(test_rope_rotates_pairs_and_leaves_the_rest),
         cmocka_unit_test(test_f16_reads_every_value_as_scalar_does),
         cmocka_unit_test(test_f16_rounds_as_scalar_does),

@@ -181,7 +181,8 @@ QUARRY_API const float *quarry_session_logits(const quarry_session *session);
 QUARRY_API int64_t quarry_session_length(const quarry_session *session);
 QUARRY_API const int32_t *quarry_session_tokens(const quarry_session *session);
 
-/* Keeps the first n_tokens and forgets the rest; logits are undefined until the next read or feed. */
+/* Keeps the first n_tokens and forgets the rest; logits are undefined until the next read or feed. Error ARGUMENT if layers with a sliding window no longer
+ * hold what the next token would see: at least 512 tokens can be taken back, and all of them always. */
 QUARRY_API int quarry_session_truncate(quarry_session *session, int64_t n_tokens, quarry_error *error);
 
 /* Length of the longest common prefix of the session's tokens and the given ones. */

@@ -30,9 +30,9 @@ typedef struct attn_rope {
 } attn_rope;
 
 typedef struct attn_shape {
-    kv_shape kv;
+    kv_shape kv;          /* policies know kv.n_layer layers and nothing of the local ones */
     int n_head;           /* query heads; group = n_head / n_head_kv */
-    float scale;          /* 1 / sqrt(head_dim) */
+    float scale;          /* of scores: 1 / sqrt(head_dim) */
     attn_rope rope;       /* for policies that need keys before RoPE; n_rot == 0: none */
     uint64_t fingerprint; /* of the model's tensors and tokenizer, for what was calibrated on it */
 } attn_shape;
@@ -201,7 +201,7 @@ typedef struct attn_context {
 } attn_context;
 
 /* out[n][n_head][d] = attention of q[n][n_head][d] (post-RoPE, unscaled). Consecutive dense rows of one kv with consecutive positions are tiled together. Adds to cost[n] if
- * not NULL. The result does not depend on the number of threads. */
+ * not NULL. The result does not depend on the number of threads. A local layer (layer >= kv.n_layer) is not the policies': its rows read their window, exactly, and nobody is told. */
 quarry_code attn_forward(const attn_context *c, const attn_shape *shape, int layer, const attn_row *rows, int64_t n, const float *q,
                          float *out, attn_cost *cost, quarry_error *error);
 

@@ -5,6 +5,8 @@
  *   search  one row x one KV head: find (local rows, select), then attend (gathered rows, tail) (decode with a policy, or with somebody
  *           who wants to be told)
  *
+ * In a layer with a sliding window every row reads its window: as tiles where rows follow each other, else as a split.
+ *
  * How the work is cut depends on the rows alone, never on the number of threads, so neither does the result. Whether find and attend are
  * two tasks does, for the few heads of one decoded token would leave threads idle; the second waits for the first. */
 #include <math.h>
@@ -35,6 +37,7 @@ typedef struct attn_task {
     int head;
     int64_t row, n_rows;  /* rows of the batch */
     int64_t first, end;   /* split: keys */
+    bool begins;          /* split: the first of its row */
     attention_state part; /* split: state of this part, in shared scratch */
     attn_found *found;    /* find and attend: in shared scratch */
 } attn_task;
@@ -93,41 +96,19 @@ static void write_out(const attention_state *s, int g, int d, float *out)
     }
 }
 
+static bool is_local(const attn_pass *p)
+{
+    return p->layer >= p->shape->kv.n_layer;
+}
+
+static int64_t first_seen(const attn_pass *p, const attn_row *row)
+{
+    return kv_first_seen(&p->shape->kv, p->layer, row->pos);
+}
+
 static void add_cost(const attn_pass *p, int64_t row, int head, const attn_cost *cost)
 {
     if (p->costs) attn_cost_add(&p->costs[row * p->shape->kv.n_head_kv + head], cost);
-}
-
-static quarry_code run_tile(attn_pass *p, const attn_task *t, arena *scratch, quarry_error *error)
-{
-    int g = p->group, d = p->d, nq = (int)t->n_rows * g;
-    const attn_row *rows = p->rows + t->row;
-    const attention_kernels *kernels = p->c->kernels->attention;
-    float *q = arena_alloc(scratch, (size_t)nq * (size_t)d, sizeof *q, error);
-    int *limit = arena_alloc(scratch, (size_t)nq, sizeof *limit, error);
-    void *kernel_scratch = arena_alloc(scratch, attention_tile_scratch(nq, d), 1, error);
-    attention_state state;
-    if (!q || !limit || !kernel_scratch || !state_alloc(&state, nq, d, scratch, error)) return QUARRY_ERROR_MEMORY;
-    for (int64_t r = 0; r < t->n_rows; r++) {
-        const float *from = query_of(p, t->row + r, t->head);
-        for (int64_t i = 0; i < (int64_t)g * d; i++) q[r * g * d + i] = from[i] * p->shape->scale;
-    }
-    int64_t end = rows[t->n_rows - 1].pos + 1;
-    for (int64_t first = 0; first < end; first += ATTENTION_TILE) {
-        int n = end - first < ATTENTION_TILE ? (int)(end - first) : ATTENTION_TILE;
-        for (int i = 0; i < nq; i++) {
-            int64_t seen = rows[i / g].pos + 1 - first;
-            limit[i] = seen < 0 ? 0 : seen > n ? n : (int)seen;
-        }
-        const void *keys = kv_row(rows->kv, p->layer, t->head, first);
-        (rows->dense ? kernels->tile_coarse : kernels->tile)(q, limit, nq, d, p->shape->kv.type, keys, n, kernel_scratch, &state);
-    }
-    for (int64_t r = 0; r < t->n_rows; r++) {
-        attention_state part = {state.m + r * g, state.l + r * g, state.o + r * g * d};
-        write_out(&part, g, d, out_of(p, t->row + r, t->head));
-        add_cost(p, t->row + r, t->head, &(attn_cost){.rows = rows[r].pos + 1});
-    }
-    return QUARRY_OK;
 }
 
 /* Pointers to rows [first, end) appended at list[n]; returns the new n. */
@@ -154,11 +135,56 @@ static quarry_code run_range(attn_pass *p, const attn_row *row, int head, const 
     return QUARRY_OK;
 }
 
+/* First key of a row that is attended in tiles: tiles begin at multiples of ATTENTION_TILE, and what of a window lies before is attended row by row, so that the
+ * rounding of a row does not depend on which others are beside it. */
+static int64_t first_tiled(const attn_pass *p, const attn_row *row)
+{
+    return (first_seen(p, row) + ATTENTION_TILE - 1) / ATTENTION_TILE * ATTENTION_TILE;
+}
+
+static quarry_code run_tile(attn_pass *p, const attn_task *t, arena *scratch, quarry_error *error)
+{
+    int g = p->group, d = p->d, nq = (int)t->n_rows * g;
+    const attn_row *rows = p->rows + t->row;
+    const attention_kernels *kernels = p->c->kernels->attention;
+    float *q = arena_alloc(scratch, (size_t)nq * (size_t)d, sizeof *q, error);
+    int *limit = arena_alloc(scratch, (size_t)nq, sizeof *limit, error);
+    void *kernel_scratch = arena_alloc(scratch, attention_tile_scratch(nq, d), 1, error);
+    attention_state state;
+    if (!q || !limit || !kernel_scratch || !state_alloc(&state, nq, d, scratch, error)) return QUARRY_ERROR_MEMORY;
+    for (int64_t r = 0; r < t->n_rows; r++) {
+        const float *from = query_of(p, t->row + r, t->head);
+        for (int64_t i = 0; i < (int64_t)g * d; i++) q[r * g * d + i] = from[i] * p->shape->scale;
+        int64_t seen = first_seen(p, &rows[r]), tiled = first_tiled(p, &rows[r]);
+        if (tiled > rows[r].pos + 1) tiled = rows[r].pos + 1;
+        attention_state part = {state.m + r * g, state.l + r * g, state.o + r * g * d};
+        quarry_code code = QUARRY_OK;
+        if (seen < tiled) code = run_range(p, &rows[r], t->head, q + r * g * d, seen, tiled, scratch, &part, error);
+        if (code != QUARRY_OK) return code;
+    }
+    int64_t end = rows[t->n_rows - 1].pos + 1;
+    for (int64_t first = first_tiled(p, rows); first < end; first += ATTENTION_TILE) {
+        int n = end - first < ATTENTION_TILE ? (int)(end - first) : ATTENTION_TILE;
+        for (int i = 0; i < nq; i++) {
+            int64_t seen = first < first_tiled(p, &rows[i / g]) ? 0 : rows[i / g].pos + 1 - first;
+            limit[i] = seen < 0 ? 0 : seen > n ? n : (int)seen;
+        }
+        const void *keys = kv_row(rows->kv, p->layer, t->head, first);
+        (rows->dense ? kernels->tile_coarse : kernels->tile)(q, limit, nq, d, p->shape->kv.type, keys, n, kernel_scratch, &state);
+    }
+    for (int64_t r = 0; r < t->n_rows; r++) {
+        attention_state part = {state.m + r * g, state.l + r * g, state.o + r * g * d};
+        write_out(&part, g, d, out_of(p, t->row + r, t->head));
+        add_cost(p, t->row + r, t->head, &(attn_cost){.rows = rows[r].pos + 1 - first_seen(p, &rows[r])});
+    }
+    return QUARRY_OK;
+}
+
 static quarry_code run_split(attn_pass *p, attn_task *t, arena *scratch, quarry_error *error)
 {
     const float *q = scaled_query(p, t->row, t->head, scratch, error);
     if (!q) return QUARRY_ERROR_MEMORY;
-    if (t->first == 0) add_cost(p, t->row, t->head, &(attn_cost){.rows = p->rows[t->row].pos + 1});
+    if (t->begins) add_cost(p, t->row, t->head, &(attn_cost){.rows = p->rows[t->row].pos + 1 - t->first});
     return run_range(p, &p->rows[t->row], t->head, q, t->first, t->end, scratch, &t->part, error);
 }
 
@@ -275,16 +301,18 @@ static attn_task *push_task(attn_pass *p)
     return p->n_tasks < p->capacity ? &p->tasks[p->n_tasks++] : NULL;
 }
 
-static bool is_dense(const attn_row *row)
+/* Does the row read all that the layer lets it see? */
+static bool is_dense(const attn_pass *p, const attn_row *row)
 {
-    return row->dense || !row->policy || (!row->policy->type->select && !row->observer);
+    return is_local(p) || row->dense || !row->policy || (!row->policy->type->select && !row->observer);
 }
 
 /* Length of the run of dense rows from `row` on that can be tiled together: all of them read a document, or none. */
-static int64_t dense_run(const attn_row *rows, int64_t row, int64_t n)
+static int64_t dense_run(const attn_pass *p, int64_t row, int64_t n)
 {
+    const attn_row *rows = p->rows;
     int64_t end = row + 1;
-    while (end < n && is_dense(&rows[end]) && rows[end].dense == rows[row].dense && rows[end].kv == rows[row].kv &&
+    while (end < n && is_dense(p, &rows[end]) && rows[end].dense == rows[row].dense && rows[end].kv == rows[row].kv &&
            rows[end].pos == rows[end - 1].pos + 1)
         end++;
     return end - row;
@@ -318,7 +346,7 @@ static bool in_halves(const attn_pass *p, int64_t n)
     int threads = thread_pool_size(p->c->pool);
     if (threads == 1 || n * p->shape->kv.n_head_kv >= ENOUGH * threads) return false;
     for (int64_t i = 0; i < n; i++)
-        if (is_dense(&p->rows[i])) return false;
+        if (is_dense(p, &p->rows[i])) return false;
     return true;
 }
 
@@ -327,12 +355,12 @@ static quarry_code plan(attn_pass *p, int64_t n, quarry_error *error)
     if (in_halves(p, n)) return plan_in_halves(p, n, error);
     int heads = p->shape->kv.n_head_kv;
     int64_t block = TILE_VECTORS / p->group > 0 ? TILE_VECTORS / p->group : 1;
-    for (int64_t i = 0; i < n; i++) p->capacity += heads * (is_dense(&p->rows[i]) ? split_count(p->rows[i].pos + 1) : 1);
+    for (int64_t i = 0; i < n; i++) p->capacity += heads * (is_dense(p, &p->rows[i]) ? split_count(p->rows[i].pos + 1) : 1);
     p->tasks = arena_alloc(p->c->shared, (size_t)p->capacity, sizeof *p->tasks, error);
     if (!p->tasks) return QUARRY_ERROR_MEMORY;
     for (int64_t row = 0, run; row < n; row += run) {
-        run = is_dense(&p->rows[row]) ? dense_run(p->rows, row, n) : 1;
-        if (!is_dense(&p->rows[row])) {
+        run = is_dense(p, &p->rows[row]) ? dense_run(p, row, n) : 1;
+        if (!is_dense(p, &p->rows[row])) {
             for (int h = 0; h < heads; h++) *push_task(p) = (attn_task){.kind = TASK_SEARCH, .head = h, .row = row, .n_rows = 1};
         } else if (run >= TILE_FROM || p->rows[row].dense) {
             /* The last rows see the most keys: the long tasks are claimed first, so that threads finish together. */
@@ -341,11 +369,11 @@ static quarry_code plan(attn_pass *p, int64_t n, quarry_error *error)
                     *push_task(p) = (attn_task){.kind = TASK_TILE, .head = h, .row = row + b, .n_rows = run - b < block ? run - b : block};
         } else {
             run = 1;
-            int64_t keys = p->rows[row].pos + 1;
+            int64_t keys = p->rows[row].pos + 1, begin = first_seen(p, &p->rows[row]);
             for (int h = 0; h < heads; h++)
-                for (int64_t first = 0; first < keys; first += SPLIT) {
+                for (int64_t first = begin; first < keys; first += SPLIT) {
                     attn_task *t = push_task(p);
-                    *t = (attn_task){.kind = TASK_SPLIT, .head = h, .row = row, .n_rows = 1, .first = first};
+                    *t = (attn_task){.kind = TASK_SPLIT, .head = h, .row = row, .n_rows = 1, .first = first, .begins = first == begin};
                     t->end = keys - first < SPLIT ? keys : first + SPLIT;
                     if (!state_alloc(&t->part, p->group, p->d, p->c->shared, error)) return QUARRY_ERROR_MEMORY;
                 }
@@ -359,8 +387,9 @@ static void merge_splits(attn_pass *p)
 {
     for (int64_t i = 0; i < p->n_tasks; i++) {
         attn_task *t = &p->tasks[i];
-        if (t->kind != TASK_SPLIT || t->first != 0) continue;
-        for (int64_t j = i + 1; j < p->n_tasks && p->tasks[j].first != 0; j++) attention_merge(&t->part, &p->tasks[j].part, p->group, p->d);
+        if (t->kind != TASK_SPLIT || !t->begins) continue;
+        for (int64_t j = i + 1; j < p->n_tasks && p->tasks[j].kind == TASK_SPLIT && !p->tasks[j].begins; j++)
+            attention_merge(&t->part, &p->tasks[j].part, p->group, p->d);
         write_out(&t->part, p->group, p->d, out_of(p, t->row, t->head));
     }
 }
@@ -388,7 +417,7 @@ static void observe_task(void *context, int64_t head, int thread)
 static void observe(attn_pass *p, int64_t n)
 {
     for (int64_t row = 0, run; row < n; row += run) {
-        run = dense_run(p->rows, row, n);
+        run = dense_run(p, row, n);
         bool wanted = false;
         if (p->rows[row].dense)
             for (attn_policy *policy = p->rows[row].policy; policy; policy = policy->also) wanted |= policy->type->observe != NULL;
@@ -415,7 +444,7 @@ quarry_code attn_forward(const attn_context *c, const attn_shape *shape, int lay
     }
     quarry_code code = plan(&pass, n, error);
     if (code != QUARRY_OK) return code;
-    observe(&pass, n);
+    if (!is_local(&pass)) observe(&pass, n);
     thread_pool_run(c->pool, pass.n_tasks, run_task, &pass);
     if (pass.failed) {
         if (error) *error = pass.error;

@@ -34,7 +34,7 @@ quarry_code session_memory_estimate(quarry_model *model, const quarry_session_pa
     int64_t n_ctx = params->n_ctx ? params->n_ctx : s->n_ctx_train, n_batch = params->n_batch ? params->n_batch : SESSION_DEFAULT_BATCH;
     need->n_ctx = n_ctx;
     need->scratch_bytes = (size_t)(n_batch * floats_per_token(s)) * sizeof(float);
-    if (!kv_bytes_for(&shape.kv, n_ctx, &need->kv_bytes))
+    if (!kv_bytes_for(&shape.kv, n_ctx, n_batch, &need->kv_bytes))
         return error_set(error, QUARRY_ERROR_ARGUMENT, "a context of %lld tokens is out of reach", (long long)n_ctx);
     const char *spec = params->attn ? params->attn : attn_policies[0]->name;
     return index_estimate(model, spec, &shape, n_ctx - ATTN_SINKS - ATTN_WINDOW, &need->index_bytes, error);

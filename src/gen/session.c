@@ -243,13 +243,6 @@ int quarry_session_read(quarry_session *s, const int32_t *tokens, int64_t n, con
     return code;
 }
 
-/* Bytes that full attention reads for one query after n tokens. */
-static double full_bytes(const quarry_session *s, int64_t n)
-{
-    const kv_shape *k = kv_shape_of(s->kv);
-    return (double)n * k->n_layer * k->n_head_kv * (double)kv_row_bytes(k->type, k->head_dim);
-}
-
 int quarry_session_feed(quarry_session *s, const int32_t *tokens, int64_t n, const quarry_watch *watch, quarry_error *error)
 {
     double start = session_now();
@@ -274,7 +267,7 @@ quarry_code session_feed_generated(quarry_session *s, int32_t token, const quarr
     s->stats.n_generated++;
     const kv_shape *k = kv_shape_of(s->kv);
     s->kv_bytes_sum += (double)attn_cost_bytes(&st.cost, (int64_t)kv_row_bytes(k->type, k->head_dim));
-    s->kv_full_sum += full_bytes(s, s->tokens.n);
+    s->kv_full_sum += kv_bytes_seen(k, s->tokens.n);
     s->n_steps++;
     return code;
 }
@@ -320,6 +313,11 @@ int quarry_session_truncate(quarry_session *s, int64_t n, quarry_error *error)
         return error_set(error, QUARRY_ERROR_ARGUMENT, "cannot truncate to %lld tokens: the session holds %lld", (long long)n,
                          (long long)s->tokens.n);
     if (n == s->tokens.n) return QUARRY_OK;
+    if (n > 0 && n < kv_least(s->kv))
+        return error_set(error, QUARRY_ERROR_ARGUMENT,
+                         "cannot truncate to %lld tokens: layers with a sliding window of %d have forgotten what precedes them; to %lld or "
+                         "more, or to 0",
+                         (long long)n, kv_shape_of(s->kv)->window, (long long)kv_least(s->kv));
     session_forget_from(s, n);
     return QUARRY_OK;
 }

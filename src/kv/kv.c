@@ -12,22 +12,28 @@ typedef struct kv_page {
 
 enum { PAGE_HEADER = 64 };
 
+/* KV_PAGE tokens: of the layers that keep them all, and of the local ones (NULL where there are none, or none any more). */
+typedef struct kv_slot {
+    kv_page *all, *local;
+} kv_slot;
+
 struct kv_seq {
     kv_shape shape;
     size_t row_bytes, layer_bytes; /* of a page's part in one layer */
     int64_t length;
-    int64_t n_pages, capacity;
-    kv_page **pages; /* [capacity] */
+    int64_t n_slots, capacity;
+    int64_t n_released; /* the first slots whose local pages are gone */
+    kv_slot *slots;     /* [capacity] */
 };
 
-static size_t page_bytes(const kv_shape *shape)
+static size_t page_bytes(const kv_shape *shape, int n_layer)
 {
-    return PAGE_HEADER + kv_row_bytes(shape->type, shape->head_dim) * KV_PAGE * (size_t)shape->n_head_kv * (size_t)shape->n_layer;
+    return PAGE_HEADER + kv_row_bytes(shape->type, shape->head_dim) * KV_PAGE * (size_t)shape->n_head_kv * (size_t)n_layer;
 }
 
-static kv_page *page_create(const kv_seq *kv, quarry_error *error)
+static kv_page *page_create(const kv_seq *kv, int n_layer, quarry_error *error)
 {
-    kv_page *page = memory_aligned(page_bytes(&kv->shape), 1, "KV page", error);
+    kv_page *page = memory_aligned(page_bytes(&kv->shape, n_layer), 1, "KV page", error);
     if (page) atomic_init(&page->n_refs, 1);
     return page;
 }
@@ -35,6 +41,21 @@ static kv_page *page_create(const kv_seq *kv, quarry_error *error)
 static void page_release(kv_page *page)
 {
     if (page && atomic_fetch_sub(&page->n_refs, 1) == 1) memory_free(page);
+}
+
+static void slot_release(const kv_slot *slot)
+{
+    page_release(slot->all);
+    page_release(slot->local);
+}
+
+static bool slot_create(const kv_seq *kv, kv_slot *slot, quarry_error *error)
+{
+    *slot = (kv_slot){.all = page_create(kv, kv->shape.n_layer, error)};
+    if (slot->all && kv->shape.n_local) slot->local = page_create(kv, kv->shape.n_local, error);
+    if (slot->all && (slot->local || !kv->shape.n_local)) return true;
+    slot_release(slot);
+    return false;
 }
 
 kv_seq *kv_create(const kv_shape *shape, quarry_error *error)
@@ -50,8 +71,8 @@ kv_seq *kv_create(const kv_shape *shape, quarry_error *error)
 void kv_destroy(kv_seq *kv)
 {
     if (!kv) return;
-    for (int64_t i = 0; i < kv->n_pages; i++) page_release(kv->pages[i]);
-    memory_free(kv->pages);
+    for (int64_t i = 0; i < kv->n_slots; i++) slot_release(&kv->slots[i]);
+    memory_free(kv->slots);
     memory_free(kv);
 }
 
@@ -59,16 +80,18 @@ kv_seq *kv_fork(const kv_seq *kv, quarry_error *error)
 {
     kv_seq *fork = kv_create(&kv->shape, error);
     if (!fork) return NULL;
-    size_t n = (size_t)kv->n_pages;
-    if (memory_grow(&fork->pages, n, sizeof *fork->pages, "KV page table", error) != QUARRY_OK) {
+    size_t n = (size_t)kv->n_slots;
+    if (memory_grow(&fork->slots, n, sizeof *fork->slots, "KV page table", error) != QUARRY_OK) {
         kv_destroy(fork);
         return NULL;
     }
     for (size_t i = 0; i < n; i++) {
-        fork->pages[i] = kv->pages[i];
-        atomic_fetch_add(&fork->pages[i]->n_refs, 1);
+        fork->slots[i] = kv->slots[i];
+        atomic_fetch_add(&fork->slots[i].all->n_refs, 1);
+        if (fork->slots[i].local) atomic_fetch_add(&fork->slots[i].local->n_refs, 1);
     }
-    fork->n_pages = fork->capacity = kv->n_pages;
+    fork->n_slots = fork->capacity = kv->n_slots;
+    fork->n_released = kv->n_released;
     fork->length = kv->length;
     return fork;
 }
@@ -83,50 +106,68 @@ int64_t kv_length(const kv_seq *kv)
     return kv->length;
 }
 
-static void pages_drop(kv_seq *kv, int64_t n_pages)
+static void slots_drop(kv_seq *kv, int64_t n_slots)
 {
-    for (int64_t i = n_pages; i < kv->n_pages; i++) page_release(kv->pages[i]);
-    if (n_pages < kv->n_pages) kv->n_pages = n_pages;
+    for (int64_t i = n_slots; i < kv->n_slots; i++) slot_release(&kv->slots[i]);
+    if (n_slots < kv->n_slots) kv->n_slots = n_slots;
+    if (n_slots < kv->n_released) kv->n_released = n_slots;
 }
 
-/* The first n rows of every layer and head. */
-static void copy_rows(const kv_seq *kv, kv_page *to, const kv_page *from, int64_t n)
+/* The first n rows of every one of n_layer layers and head. */
+static void copy_rows(const kv_seq *kv, int n_layer, kv_page *to, const kv_page *from, int64_t n)
 {
-    for (int i = 0; i < kv->shape.n_layer * kv->shape.n_head_kv; i++) {
+    for (int i = 0; i < n_layer * kv->shape.n_head_kv; i++) {
         size_t at = PAGE_HEADER + (size_t)i * KV_PAGE * kv->row_bytes;
         memcpy((char *)to + at, (const char *)from + at, (size_t)n * kv->row_bytes);
     }
 }
 
-/* The page that holds row `length` if that row is not its first: rows before it are kept, so a shared page must be copied before more are written. */
+static quarry_code unshare(kv_seq *kv, kv_page **page, int n_layer, int64_t n_rows, quarry_error *error)
+{
+    if (!*page || atomic_load(&(*page)->n_refs) == 1) return QUARRY_OK;
+    kv_page *copy = page_create(kv, n_layer, error);
+    if (!copy) return QUARRY_ERROR_MEMORY;
+    copy_rows(kv, n_layer, copy, *page, n_rows);
+    page_release(*page);
+    *page = copy;
+    return QUARRY_OK;
+}
+
+/* The pages that hold row `length` if that row is not their first: rows before it are kept, so a shared page must be copied before more are written. */
 static quarry_code unshare_last(kv_seq *kv, quarry_error *error)
 {
-    int64_t index = kv->length / KV_PAGE;
-    if (kv->length % KV_PAGE == 0 || index >= kv->n_pages) return QUARRY_OK;
-    kv_page **slot = &kv->pages[index];
-    if (atomic_load(&(*slot)->n_refs) == 1) return QUARRY_OK;
-    kv_page *copy = page_create(kv, error);
-    if (!copy) return QUARRY_ERROR_MEMORY;
-    copy_rows(kv, copy, *slot, kv->length % KV_PAGE);
-    page_release(*slot);
-    *slot = copy;
-    return QUARRY_OK;
+    int64_t index = kv->length / KV_PAGE, n = kv->length % KV_PAGE;
+    if (n == 0 || index >= kv->n_slots) return QUARRY_OK;
+    quarry_code code = unshare(kv, &kv->slots[index].all, kv->shape.n_layer, n, error);
+    return code == QUARRY_OK ? unshare(kv, &kv->slots[index].local, kv->shape.n_local, n, error) : code;
+}
+
+/* What the next token does not see in local layers, but for some slack. */
+static void release_local(kv_seq *kv)
+{
+    if (!kv->shape.n_local) return;
+    int64_t end = (kv->length - kv->shape.window + 1 - KV_SLACK) / KV_PAGE;
+    for (; kv->n_released < end; kv->n_released++) {
+        kv_slot *slot = &kv->slots[kv->n_released];
+        page_release(slot->local);
+        slot->local = NULL;
+    }
 }
 
 quarry_code kv_reserve(kv_seq *kv, int64_t n, quarry_error *error)
 {
-    int64_t want = (n + KV_PAGE - 1) / KV_PAGE, had = kv->n_pages;
+    int64_t want = (n + KV_PAGE - 1) / KV_PAGE, had = kv->n_slots;
+    release_local(kv);
     quarry_code code = unshare_last(kv, error);
     if (code != QUARRY_OK) return code;
     if (want > kv->capacity) {
         int64_t capacity = want + want / 2;
-        if ((code = memory_grow(&kv->pages, (size_t)capacity, sizeof *kv->pages, "KV page table", error)) != QUARRY_OK) return code;
+        if ((code = memory_grow(&kv->slots, (size_t)capacity, sizeof *kv->slots, "KV page table", error)) != QUARRY_OK) return code;
         kv->capacity = capacity;
     }
-    for (; kv->n_pages < want; kv->n_pages++) {
-        kv->pages[kv->n_pages] = page_create(kv, error);
-        if (kv->pages[kv->n_pages]) continue;
-        pages_drop(kv, had);
+    for (; kv->n_slots < want; kv->n_slots++) {
+        if (slot_create(kv, &kv->slots[kv->n_slots], error)) continue;
+        slots_drop(kv, had);
         return QUARRY_ERROR_MEMORY;
     }
     return QUARRY_OK;
@@ -134,20 +175,30 @@ quarry_code kv_reserve(kv_seq *kv, int64_t n, quarry_error *error)
 
 void kv_commit(kv_seq *kv, int64_t n)
 {
-    assert(n >= kv->length && n <= kv->n_pages * KV_PAGE);
+    assert(n >= kv->length && n <= kv->n_slots * KV_PAGE);
     kv->length = n;
+}
+
+int64_t kv_least(const kv_seq *kv)
+{
+    return kv->n_released ? kv->n_released * KV_PAGE + kv->shape.window - 1 : 1;
 }
 
 void kv_truncate(kv_seq *kv, int64_t n)
 {
+    assert(n == 0 || n >= kv->length || n >= kv_least(kv));
     if (n < kv->length) kv->length = n;
-    pages_drop(kv, (kv->length + KV_PAGE - 1) / KV_PAGE);
+    slots_drop(kv, (kv->length + KV_PAGE - 1) / KV_PAGE);
 }
 
 void *kv_row(const kv_seq *kv, int layer, int head, int64_t pos)
 {
-    assert(pos >= 0 && pos < kv->n_pages * KV_PAGE);
-    char *rows = (char *)kv->pages[pos / KV_PAGE] + PAGE_HEADER + (size_t)layer * kv->layer_bytes;
+    assert(pos >= 0 && pos < kv->n_slots * KV_PAGE);
+    const kv_slot *slot = &kv->slots[pos / KV_PAGE];
+    bool local = layer >= kv->shape.n_layer;
+    assert(!local || slot->local);
+    char *rows = (char *)(local ? slot->local : slot->all) + PAGE_HEADER;
+    rows += (size_t)(local ? layer - kv->shape.n_layer : layer) * kv->layer_bytes;
     return rows + ((size_t)head * KV_PAGE + (size_t)(pos % KV_PAGE)) * kv->row_bytes;
 }
 
@@ -181,12 +232,29 @@ void kv_read_value(const math_kernels *kernels, const void *row, const kv_shape 
     read_half(kernels, row, shape, shape->head_dim, value);
 }
 
-bool kv_bytes_for(const kv_shape *shape, int64_t n, size_t *n_bytes)
+static size_t slot_bytes(const kv_shape *shape, bool local)
 {
-    return size_multiply((size_t)((n + KV_PAGE - 1) / KV_PAGE), memory_aligned_bytes(page_bytes(shape)), n_bytes);
+    int n_layer = local ? shape->n_local : shape->n_layer;
+    return local && n_layer == 0 ? 0 : memory_aligned_bytes(page_bytes(shape, n_layer));
+}
+
+bool kv_bytes_for(const kv_shape *shape, int64_t n, int64_t n_step, size_t *n_bytes)
+{
+    size_t n_slots = (size_t)((n + KV_PAGE - 1) / KV_PAGE), all, local;
+    size_t n_live = (size_t)((shape->window + KV_SLACK + n_step) / KV_PAGE) + 2; /* a page is kept until all of it is done with */
+    if (n_live > n_slots) n_live = n_slots;
+    if (!size_multiply(n_slots, slot_bytes(shape, false), &all) || !size_multiply(n_live, slot_bytes(shape, true), &local)) return false;
+    *n_bytes = all + local;
+    return *n_bytes >= all;
+}
+
+double kv_bytes_seen(const kv_shape *shape, int64_t n)
+{
+    double local = (double)(n < shape->window ? n : shape->window) * shape->n_local;
+    return ((double)n * shape->n_layer + local) * shape->n_head_kv * (double)kv_row_bytes(shape->type, shape->head_dim);
 }
 
 size_t kv_bytes(const kv_seq *kv)
 {
-    return (size_t)kv->n_pages * memory_aligned_bytes(page_bytes(&kv->shape));
+    return (size_t)kv->n_slots * slot_bytes(&kv->shape, false) + (size_t)(kv->n_slots - kv->n_released) * slot_bytes(&kv->shape, true);
 }

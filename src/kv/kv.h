@@ -4,6 +4,7 @@
  *
  *     page: [layer 0: [head 0: KV_PAGE rows][head 1: KV_PAGE rows] …][layer 1: …] …      row: [K d][V d] (math/attention.h)
  *
+ * Layers that see a sliding window only have pages of their own, which are freed when no later token sees them.
  * Pages are reference-counted: a fork shares them, and a page that is shared is copied before it is written. */
 #ifndef KV_KV_H
 #define KV_KV_H
@@ -11,11 +12,16 @@
 #include "base/base.h"
 #include "math/math.h"
 
-enum { KV_PAGE = 256 };
+enum {
+    KV_PAGE = 256,
+    KV_SLACK = 512 /* tokens that may be taken back though layers with a window have forgotten what lies before */
+};
 
 typedef struct kv_shape {
-    int n_layer, n_head_kv, head_dim;
+    int n_layer, n_head_kv, head_dim; /* n_layer: those that keep every token */
     kv_type type;
+    int n_local; /* further layers, numbered from n_layer on: a token sees itself and the window - 1 before it */
+    int window;  /* of these; at least 1 if there are any */
 } kv_shape;
 
 typedef struct kv_seq kv_seq;
@@ -27,12 +33,15 @@ kv_seq *kv_fork(const kv_seq *kv, quarry_error *error); /* shares pages; as long
 const kv_shape *kv_shape_of(const kv_seq *kv);
 int64_t kv_length(const kv_seq *kv); /* tokens whose rows are valid in every layer */
 
-/* Makes rows [0, n) addressable and [kv_length, n) writable (copies a shared last page). On error nothing changed. */
+/* Makes rows [0, n) addressable and [kv_length, n) writable (copies a shared last page). On error nothing changed. Before that frees what local layers
+ * hold of tokens that are more than the window and KV_SLACK behind. */
 quarry_code kv_reserve(kv_seq *kv, int64_t n, quarry_error *error);
 /* After all layers wrote rows up to n: they count now. n <= reserved. */
 void kv_commit(kv_seq *kv, int64_t n);
-/* Forgets rows from n on and frees pages that hold none. */
+/* Forgets rows from n on and frees pages that hold none. n is 0 or at least kv_least(kv). */
 void kv_truncate(kv_seq *kv, int64_t n);
+/* The shortest length > 0 it can be cut to: local layers still hold all that the next token sees. */
+int64_t kv_least(const kv_seq *kv);
 
 /* The row of token position pos; rows of the same page and head follow each other. */
 void *kv_row(const kv_seq *kv, int layer, int head, int64_t pos);
@@ -47,8 +56,15 @@ void kv_write(const math_kernels *kernels, void *row, const kv_shape *shape, con
 void kv_read_key(const math_kernels *kernels, const void *row, const kv_shape *shape, float *key);
 void kv_read_value(const math_kernels *kernels, const void *row, const kv_shape *shape, float *value);
 
-/* Memory for n tokens; false if it is beyond size_t. */
-bool kv_bytes_for(const kv_shape *shape, int64_t n, size_t *n_bytes);
+/* First token that a query at pos sees in a layer. */
+static inline int64_t kv_first_seen(const kv_shape *shape, int layer, int64_t pos)
+{
+    return layer < shape->n_layer || pos < shape->window ? 0 : pos - shape->window + 1;
+}
+/* Most memory while n tokens are written, n_step at a time; false if it is beyond size_t. */
+bool kv_bytes_for(const kv_shape *shape, int64_t n, int64_t n_step, size_t *n_bytes);
+/* What full attention reads for one query after n tokens, in all layers and heads: the window, where there is one. */
+double kv_bytes_seen(const kv_shape *shape, int64_t n);
 size_t kv_bytes(const kv_seq *kv); /* memory of its pages, shared ones counted whole */
 
 #endif

@@ -5,11 +5,16 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#define GELU_SCALE 0.797884561f /* sqrt(2 / pi) */
+#define GELU_CUBE 0.044715f
+
 typedef struct vector_kernels {
     /* y[n] = x / sqrt(mean(x²) + eps) * w; y may be x */
     void (*rms_norm)(const float *x, const float *w, float eps, int64_t n, float *y);
     /* y[n] = silu(gate) * up, silu(z) = z / (1 + exp(-z)); y may be gate */
     void (*swiglu)(const float *gate, const float *up, int64_t n, float *y);
+    /* y[n] = gelu(gate) * up, gelu(z) = z/2 (1 + tanh(u)) = z / (1 + exp(-2u)) with u = sqrt(2/pi) (z + 0.044715 z³); y may be gate */
+    void (*geglu)(const float *gate, const float *up, int64_t n, float *y);
     /* Rotates one head in place: pair i by the angle with cosine cs[2i] and sine cs[2i+1], i < n_rot/2. Pairs are (2i, 2i+1), or with
      * halves (i, i + n_rot/2). Elements from n_rot on are left. */
     void (*rope)(float *x, const float *cs, int n_rot, bool halves);

@@ -16,6 +16,14 @@ static void swiglu(const float *gate, const float *up, int64_t n, float *y)
     for (int64_t i = 0; i < n; i++) y[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
 }
 
+static void geglu(const float *gate, const float *up, int64_t n, float *y)
+{
+    for (int64_t i = 0; i < n; i++) {
+        float z = gate[i], u = GELU_SCALE * (z + GELU_CUBE * (z * z * z));
+        y[i] = z / (1 + expf(-2 * u)) * up[i];
+    }
+}
+
 static void rope(float *x, const float *cs, int n_rot, bool halves)
 {
     int n = n_rot / 2;
@@ -54,4 +62,4 @@ static float softmax_exp(float *x, int64_t n, float *max)
     return sum;
 }
 
-const vector_kernels vector_scalar = {rms_norm, swiglu, rope, to_f16, from_f16, dot, softmax_exp};
+const vector_kernels vector_scalar = {rms_norm, swiglu, geglu, rope, to_f16, from_f16, dot, softmax_exp};

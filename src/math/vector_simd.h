@@ -35,6 +35,19 @@ static void swiglu(const float *gate, const float *up, int64_t n, float *y)
     if (i < n) vf_store_n(y + i, swiglu_vector(vf_load_n(gate + i, (int)(n - i)), vf_load_n(up + i, (int)(n - i))), (int)(n - i));
 }
 
+SIMD_INLINE vf geglu_vector(vf z, vf up)
+{
+    vf u = vf_mul(vf_set(-2 * GELU_SCALE), vf_fma(vf_set(GELU_CUBE), vf_mul(vf_mul(z, z), z), z));
+    return vf_mul(vf_div(z, vf_add(vf_set(1), vf_exp(u))), up);
+}
+
+static void geglu(const float *gate, const float *up, int64_t n, float *y)
+{
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) vf_store(y + i, geglu_vector(vf_load(gate + i), vf_load(up + i)));
+    if (i < n) vf_store_n(y + i, geglu_vector(vf_load_n(gate + i, (int)(n - i)), vf_load_n(up + i, (int)(n - i))), (int)(n - i));
+}
+
 static void rope_pairs(float *x, const float *cs, int n_rot)
 {
     int i = 0;
@@ -101,5 +114,5 @@ static float softmax_exp(float *x, int64_t n, float *max)
 
 #define VECTOR_KERNELS                                                                                                                     \
     {                                                                                                                                      \
-        rms_norm, swiglu, rope, to_f16, from_f16, dot, softmax_exp                                                                         \
+        rms_norm, swiglu, geglu, rope, to_f16, from_f16, dot, softmax_exp                                                                  \
     }

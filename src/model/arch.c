@@ -7,6 +7,14 @@ static const model_arch archs[] = {
     {.name = "llama"},
     {.name = "qwen2", .rope_halves = true, .qkv_bias = true},
     {.name = "qwen3", .rope_halves = true, .qk_norm = true},
+    {.name = "gemma3",
+     .rope_halves = true,
+     .qk_norm = true,
+     .post_norms = true,
+     .scale_embedding = true,
+     .gelu = true,
+     .global_every = 6,
+     .local_base = 10000},
 };
 
 enum { N_ARCHS = sizeof archs / sizeof archs[0] };

@@ -61,7 +61,7 @@ typedef struct pass {
     float *k, *v;              /* [n][n_head_kv][head_dim] */
     float *attended;           /* [n][n_head][head_dim] */
     float *gate, *up;          /* [n][n_ff] */
-    float *cs;                 /* [n][n_rot] cosine and sine of each pair */
+    float *cs[2];              /* [n][n_rot] cosine and sine of each pair: of layers that see everything, of local ones (or NULL) */
     bool precise;              /* no row reads a document: few rows, whose logits are the answer */
     void *quantized;           /* activations_bytes of the widest input */
     const float *norm;         /* weights of the norm being applied */
@@ -85,7 +85,7 @@ static quarry_code pass_alloc(pass *p, quarry_error *error)
               alloc_floats(p, &p->q, p->q_width, error) && alloc_floats(p, &p->k, p->kv_width, error) &&
               alloc_floats(p, &p->v, p->kv_width, error) && alloc_floats(p, &p->attended, p->q_width, error) &&
               alloc_floats(p, &p->gate, s->n_ff, error) && alloc_floats(p, &p->up, s->n_ff, error) &&
-              alloc_floats(p, &p->cs, s->n_rot, error);
+              alloc_floats(p, &p->cs[0], s->n_rot, error) && (s->n_local == 0 || alloc_floats(p, &p->cs[1], s->n_rot, error));
     p->quantized = ok ? arena_alloc(&p->s->step, activations_bytes(p->n, widest, p->precise), 1, error) : NULL;
     p->attn_rows = ok ? arena_alloc(&p->s->step, (size_t)p->n, sizeof *p->attn_rows, error) : NULL;
     return p->quantized && p->attn_rows ? QUARRY_OK : QUARRY_ERROR_MEMORY;
@@ -124,12 +124,18 @@ static void embed_row(pass *p, int64_t row)
 {
     const forward_row *r = &p->rows[row];
     const quarry_model *m = p->m;
-    weight_row(&m->embedding, r->token, p->x + row * m->shape.n_embd);
-    float *cs = p->cs + row * m->shape.n_rot;
-    for (int i = 0; i < m->shape.n_rot / 2; i++) {
-        double angle = (double)r->pos * m->rope_inverse[i];
-        cs[2 * i] = (float)cos(angle);
-        cs[2 * i + 1] = (float)sin(angle);
+    const int64_t n_embd = m->shape.n_embd;
+    float *x = p->x + row * n_embd;
+    weight_row(&m->embedding, r->token, x);
+    if (m->arch->scale_embedding)
+        for (int64_t i = 0; i < n_embd; i++) x[i] *= sqrtf((float)n_embd);
+    for (int kind = 0; kind < 2 && m->rope_inverse[kind]; kind++) {
+        float *cs = p->cs[kind] + row * m->shape.n_rot;
+        for (int i = 0; i < m->shape.n_rot / 2; i++) {
+            double angle = (double)r->pos * m->rope_inverse[kind][i];
+            cs[2 * i] = (float)cos(angle);
+            cs[2 * i + 1] = (float)sin(angle);
+        }
     }
 }
 
@@ -139,6 +145,15 @@ static void norm_row(pass *p, int64_t row)
     p->m->kernels->vector->rms_norm(p->x + row * s->n_embd, p->norm, s->rms_eps, s->n_embd, p->normed + row * s->n_embd);
 }
 
+/* x += norm(normed): what a part of the layer gives, in normed, goes into the residual stream. */
+static void add_normed_row(pass *p, int64_t row)
+{
+    const model_shape *s = &p->m->shape;
+    float *x = p->x + row * s->n_embd, *y = p->normed + row * s->n_embd;
+    p->m->kernels->vector->rms_norm(y, p->norm, s->rms_eps, s->n_embd, y);
+    for (int64_t i = 0; i < s->n_embd; i++) x[i] += y[i];
+}
+
 /* Head norms, RoPE, and the new K|V rows of one token. */
 static void rotate_row(pass *p, int64_t row)
 {
@@ -146,7 +161,7 @@ static void rotate_row(pass *p, int64_t row)
     const vector_kernels *vector = p->m->kernels->vector;
     const model_layer *l = p->layer;
     const forward_row *r = &p->rows[row];
-    const float *cs = p->cs + row * s->n_rot;
+    const float *cs = p->cs[l->local] + row * s->n_rot;
     int d = s->head_dim;
     for (int h = 0; h < s->n_head; h++) {
         float *q = p->q + row * p->q_width + (int64_t)h * d;
@@ -157,14 +172,15 @@ static void rotate_row(pass *p, int64_t row)
         float *k = p->k + row * p->kv_width + (int64_t)h * d;
         if (l->k_norm) vector->rms_norm(k, l->k_norm, s->rms_eps, d, k);
         vector->rope(k, cs, s->n_rot, p->m->arch->rope_halves);
-        kv_write(p->m->kernels, kv_row(r->kv, p->layer_index, h, r->pos), &p->attn.kv, k, p->v + row * p->kv_width + (int64_t)h * d);
+        kv_write(p->m->kernels, kv_row(r->kv, l->kv_layer, h, r->pos), &p->attn.kv, k, p->v + row * p->kv_width + (int64_t)h * d);
     }
 }
 
-static void swiglu_row(pass *p, int64_t row)
+static void glu_row(pass *p, int64_t row)
 {
+    const vector_kernels *vector = p->m->kernels->vector;
     int64_t n = p->m->shape.n_ff;
-    p->m->kernels->vector->swiglu(p->gate + row * n, p->up + row * n, n, p->gate + row * n);
+    (p->m->arch->gelu ? vector->geglu : vector->swiglu)(p->gate + row * n, p->up + row * n, n, p->gate + row * n);
 }
 
 /* ---- matrix products ---- */
@@ -206,7 +222,9 @@ static quarry_code run_layer(pass *p, attn_cost *cost, quarry_error *error)
     const model_layer *l = p->layer;
     const model_shape *s = &p->m->shape;
     bool last = p->layer_index + 1 == s->n_layer;
-    products qkv = layer_qkv(p, l), o = {{{&l->o, NULL, p->x, true}}, 1}, down = {{{&l->down, NULL, p->x, true}}, 1};
+    const bool post = p->m->arch->post_norms; /* else the products add to the residual stream themselves */
+    float *sum = post ? p->normed : p->x;
+    products qkv = layer_qkv(p, l), o = {{{&l->o, NULL, sum, !post}}, 1}, down = {{{&l->down, NULL, sum, !post}}, 1};
     products glu = {{{&l->gate, NULL, p->gate, false}, {&l->up, NULL, p->up, false}}, 2};
     products after = last ? output_products(p->m, NULL) : layer_qkv(p, l + 1);
 
@@ -217,18 +235,22 @@ static quarry_code run_layer(pass *p, attn_cost *cost, quarry_error *error)
     for_rows(p, rotate_row);
 
     attn_context c = {p->m->kernels, p->m->pool, p->s->threads, &p->s->shared};
-    quarry_code code = attn_forward(&c, &p->attn, p->layer_index, p->attn_rows, p->n, p->q, p->attended, cost, error);
+    quarry_code code = attn_forward(&c, &p->attn, l->kv_layer, p->attn_rows, p->n, p->q, p->attended, cost, error);
     if (code != QUARRY_OK) return code;
     a = quantize(p, p->attended, p->q_width);
     multiply(p, &a, &o, &glu);
+    p->norm = l->attn_post;
+    if (post) for_rows(p, add_normed_row);
 
     p->norm = l->ffn_norm;
     for_rows(p, norm_row);
     a = quantize(p, p->normed, s->n_embd);
     multiply(p, &a, &glu, &down);
-    for_rows(p, swiglu_row);
+    for_rows(p, glu_row);
     a = quantize(p, p->gate, s->n_ff);
     multiply(p, &a, &down, &after);
+    p->norm = l->ffn_post;
+    if (post) for_rows(p, add_normed_row);
     return QUARRY_OK;
 }
 

@@ -111,6 +111,8 @@ static quarry_code load_layer(loader *l, int index)
     } vectors[] = {
         {"attn_norm.weight", s->n_embd, false, true, &layer->attn_norm},
         {"ffn_norm.weight", s->n_embd, false, true, &layer->ffn_norm},
+        {"post_attention_norm.weight", s->n_embd, false, m->arch->post_norms, &layer->attn_post},
+        {"post_ffw_norm.weight", s->n_embd, false, m->arch->post_norms, &layer->ffn_post},
         {"attn_q.bias", q, !m->arch->qkv_bias, true, &layer->q_bias},
         {"attn_k.bias", kv, !m->arch->qkv_bias, true, &layer->k_bias},
         {"attn_v.bias", kv, !m->arch->qkv_bias, true, &layer->v_bias},
@@ -128,7 +130,16 @@ static quarry_code load_layer(loader *l, int index)
     return code;
 }
 
-/* Radians per position of each pair; `rope_freqs` (Llama 3) divides them. */
+/* Radians per position of each pair; factors[n_rot / 2] divide them, or NULL. */
+static double *rope_angles(loader *l, float base, const float *factors)
+{
+    int n_rot = l->m->shape.n_rot;
+    double *inverse = arena_alloc(&l->m->small, (size_t)n_rot / 2, sizeof *inverse, l->error);
+    for (int i = 0; inverse && i < n_rot / 2; i++) inverse[i] = pow((double)base, -2.0 * i / n_rot) / (factors ? (double)factors[i] : 1);
+    return inverse;
+}
+
+/* `rope_freqs` (Llama 3) has factors; layers with a window have a base of their own (Gemma 3). */
 static quarry_code load_rope(loader *l)
 {
     quarry_model *m = l->m;
@@ -136,14 +147,23 @@ static quarry_code load_rope(loader *l)
     float *factors = NULL;
     quarry_code code = load_vector(l, "rope_freqs.weight", n, true, &factors);
     if (code != QUARRY_OK) return code;
-    m->rope_inverse = arena_alloc(&m->small, (size_t)n, sizeof *m->rope_inverse, l->error);
-    if (!m->rope_inverse) return QUARRY_ERROR_MEMORY;
-    for (int i = 0; i < n; i++) {
-        double factor = factors ? (double)factors[i] : 1;
-        if (!(factor > 0)) return fail(l, QUARRY_ERROR_FORMAT, "has a factor that is not positive", "rope_freqs.weight");
-        m->rope_inverse[i] = pow((double)m->shape.rope_base, -2.0 * i / m->shape.n_rot) / factor;
-    }
+    for (int i = 0; factors && i < n; i++)
+        if (!(factors[i] > 0)) return fail(l, QUARRY_ERROR_FORMAT, "has a factor that is not positive", "rope_freqs.weight");
+    const bool local = m->shape.n_local > 0;
+    if (!(m->rope_inverse[0] = rope_angles(l, m->shape.rope_base, factors))) return QUARRY_ERROR_MEMORY;
+    if (local && !(m->rope_inverse[1] = rope_angles(l, m->arch->local_base, NULL))) return QUARRY_ERROR_MEMORY;
     return QUARRY_OK;
+}
+
+static void number_layers(quarry_model *m)
+{
+    const int every = m->arch->global_every;
+    int n_global = 0, n_local = 0;
+    for (int i = 0; i < m->shape.n_layer; i++) {
+        const bool local = m->shape.n_local > 0 && (i + 1) % every != 0;
+        m->layers[i].local = local;
+        m->layers[i].kv_layer = local ? m->shape.n_layer - m->shape.n_local + n_local++ : n_global++;
+    }
 }
 
 static quarry_code check_all_used(loader *l)
@@ -176,6 +196,7 @@ quarry_code model_load_weights(quarry_model *m, quarry_error *error)
     m->layers = m->copies ? arena_alloc(&m->small, (size_t)s->n_layer, sizeof *m->layers, l.error) : NULL;
     if (!m->layers) return QUARRY_ERROR_MEMORY;
     memset(m->layers, 0, (size_t)s->n_layer * sizeof *m->layers);
+    number_layers(m);
     quarry_code code = reserve_matrices(&l);
     if (code == QUARRY_OK) code = load_matrix(&l, "token_embd.weight", s->n_vocab, s->n_embd, false, &m->embedding);
     for (int i = 0; i < s->n_layer && code == QUARRY_OK; i++) code = load_layer(&l, i);

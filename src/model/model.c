@@ -47,9 +47,24 @@ static quarry_code check_features(const quarry_model *m, quarry_error *error)
     if (scaling && strcmp(scaling, "none") != 0 && arch_float(m, "rope.scaling.factor", 1) != 1)
         return unsupported(m, "RoPE scaling", error);
     if (arch_int(m, "expert_count", 0) > 0) return unsupported(m, "a mixture of experts", error);
+    if (arch_float(m, "final_logit_softcapping", 0) != 0 || arch_float(m, "attn_logit_softcapping", 0) != 0)
+        return unsupported(m, "soft capping of logits", error);
     if (arch_int(m, "attention.value_length", m->shape.head_dim) != m->shape.head_dim)
         return unsupported(m, "a value length that differs from the key length", error);
     return QUARRY_OK;
+}
+
+/* Layers with a sliding window, and how wide it is. */
+static quarry_code read_window(quarry_model *m, quarry_error *error)
+{
+    model_shape *s = &m->shape;
+    int64_t window;
+    if (m->arch->global_every == 0) return QUARRY_OK;
+    quarry_code code = dimension(m, "attention.sliding_window", 0, 1 << 24, &window, error);
+    if (code != QUARRY_OK) return code;
+    s->window = (int)window;
+    s->n_local = s->n_layer - s->n_layer / m->arch->global_every;
+    return s->n_local < s->n_layer ? QUARRY_OK : unsupported(m, "a model without a layer that sees the whole context", error);
 }
 
 static quarry_code read_shape(quarry_model *m, quarry_error *error)
@@ -84,7 +99,7 @@ static quarry_code read_shape(quarry_model *m, quarry_error *error)
     if (!(s->rms_eps > 0 && s->rope_base > 1) || !isfinite(s->rope_base))
         return error_set(error, QUARRY_ERROR_FORMAT, "%s: RMS epsilon %g or RoPE base %g is out of range", gguf_path(m->file),
                          (double)s->rms_eps, (double)s->rope_base);
-    if ((code = check_features(m, error)) != QUARRY_OK) return code;
+    if ((code = check_features(m, error)) != QUARRY_OK || (code = read_window(m, error)) != QUARRY_OK) return code;
     return gguf_metadata_error(m->file, error);
 }
 
@@ -310,10 +325,15 @@ attn_shape model_attn_shape(const quarry_model *m, kv_type type)
 {
     const model_shape *s = &m->shape;
     return (attn_shape){
-        .kv = {.n_layer = s->n_layer, .n_head_kv = s->n_head_kv, .head_dim = s->head_dim, .type = type},
+        .kv = {.n_layer = s->n_layer - s->n_local,
+               .n_head_kv = s->n_head_kv,
+               .head_dim = s->head_dim,
+               .type = type,
+               .n_local = s->n_local,
+               .window = s->window},
         .n_head = s->n_head,
         .scale = 1 / sqrtf((float)s->head_dim),
-        .rope = {.n_rot = s->n_rot, .halves = m->arch->rope_halves, .inverse = m->rope_inverse},
+        .rope = {.n_rot = s->n_rot, .halves = m->arch->rope_halves, .inverse = m->rope_inverse[0]},
         .fingerprint = m->fingerprint,
     };
 }

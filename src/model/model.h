@@ -12,6 +12,7 @@
 /* Dimensions, all from the file's metadata. */
 typedef struct model_shape {
     int n_layer, n_head, n_head_kv, head_dim, n_rot;
+    int n_local, window; /* layers that see only the last `window` tokens */
     int64_t n_embd, n_ff, n_vocab, n_ctx_train;
     float rms_eps, rope_base;
 } model_shape;
