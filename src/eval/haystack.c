@@ -35,7 +35,8 @@ void needle_draw(needle *needles, int n, random_state *random)
     for (int i = 0; i < n; i++) {
         needle *s = &needles[i];
         do {
-            snprintf(s->key, sizeof s->key, "%s-%s", adjectives[random_below(random, N_ADJECTIVES)], nouns[random_below(random, N_NOUNS)]);
+            const char *noun = nouns[random_below(random, N_NOUNS)], *adjective = adjectives[random_below(random, N_ADJECTIVES)];
+            snprintf(s->key, sizeof s->key, "%s-%s", adjective, noun); /* drawn in statements: compilers differ in the order of arguments */
             snprintf(s->number, sizeof s->number, "%07u", 1000000u + (unsigned)random_below(random, 9000000));
         } while (!needle_is_new(needles, i));
         s->depth = (i + random_unit(random)) / n;
