@@ -16,7 +16,7 @@ build() {
 # compile FOLDER [TARGET]
 compile() {
     local log=$1/build.log
-    cmake --build "$1" --target "${2:-all}" >"$log" 2>&1 || { grep -vE '^\[ *[0-9]+%\]' "$log" | head -n 60; return 1; }
+    cmake --build "$1" --target "${2:-all}" >"$log" 2>&1 || { grep -vE '^(\[ *[0-9]+%\]|g?make)' "$log" | head -n 60; return 1; }
 }
 
 tests() { ctest --test-dir "$1" --parallel "$CMAKE_BUILD_PARALLEL_LEVEL"; }

@@ -68,7 +68,11 @@ static void write_rows(world *w, int64_t first, int64_t end)
 
 static world open_world(int64_t n, int d, int group, kv_type type, const char *spec, uint64_t seed)
 {
-    world w = {.shape = {.kv = {2, 2, d, type}, .n_head = 2 * group, .scale = 1 / sqrtf((float)d)}, .group = group, .d = d, .n = n};
+    world w = {
+        .shape = {.kv = {.n_layer = 2, .n_head_kv = 2, .head_dim = d, .type = type}, .n_head = 2 * group, .scale = 1 / sqrtf((float)d)},
+        .group = group,
+        .d = d,
+        .n = n};
     random_seed(&w.random, seed);
     w.k = make(n * 4 * d);
     w.v = make(n * 4 * d);
