@@ -325,6 +325,23 @@ class CliModel(unittest.TestCase):
             self.assertIn(f'{flag}: "12,x"', run.stderr)
         self.assertIn("from 1 to", quarry("bench", "-np", "0").stderr)
 
+    def test_a_grid_of_needles_counts_every_cell(self):
+        needles = ["eval", "needle", "-q", "--attn", "window", "-d", "400,500", "--count", "2", "--positions", "3", "-n", "2", "-f", self.long_document]
+        result = quarry(*needles, "--json")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        page = json.loads(result.stdout)
+        self.assertEqual(page["parameters"]["positions"], 3)
+        for r in page["results"]:
+            cells = [(c["length"], round(c["depth"], 3), c["asked"]) for c in r["grid"]]
+            self.assertEqual(cells, [(d, p, 2) for d in (400, 500) for p in (0.167, 0.5, 0.833)])
+            self.assertEqual(sum(c["correct"] for c in r["grid"]), r["correct"])
+            self.assertAlmostEqual(r["loss"], (r["full_correct"] - r["correct"]) / r["asked"])
+        table = quarry(*needles)
+        self.assertEqual(len(re.findall(r"^ +(?:16\.7|50\.0|83\.3) %(?: +0/2){2}$", table.stdout, re.M)), 6, table.stdout)
+        wrong = quarry(*needles, "--needles", "2")
+        self.assertEqual(wrong.returncode, 1)
+        self.assertIn("--positions", wrong.stderr)
+
 
 @unittest.skipUnless(REAL_MODEL, "QUARRY_TEST_MODEL is not set")
 class CliRealModel(unittest.TestCase):

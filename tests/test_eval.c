@@ -136,6 +136,22 @@ static void wilson_matches_published_intervals(void **state)
     }
 }
 
+static void loss_interval_is_normal_or_the_rule_of_three(void **state)
+{
+    (void)state;
+    double low, high, d[5] = {1, 0, -1, 1, 0}, mean = 0, squares = 0;
+    for (int i = 0; i < 5; i++) mean += d[i] / 5;
+    for (int i = 0; i < 5; i++) squares += (d[i] - mean) * (d[i] - mean);
+    metric_loss_interval(5, mean, sqrt(squares / 4), &low, &high);
+    assert_true(fabs(low - (0.2 - 1.96 * sqrt(squares / 20))) < 1e-12 && fabs(high - (0.2 + 1.96 * sqrt(squares / 20))) < 1e-12);
+    metric_loss_interval(30, 0, 0, &low, &high);
+    assert_true(fabs(low + 0.1) < 1e-12 && fabs(high - 0.1) < 1e-12);
+    metric_loss_interval(2, 0.9, 0.1, &low, &high);
+    assert_true(low < 0.9 && high == 1);
+    metric_loss_interval(0, 0, 0, &low, &high);
+    assert_true(low == -1 && high == 1);
+}
+
 static void wilson_of_nothing_says_nothing(void **state)
 {
     (void)state;
@@ -369,6 +385,7 @@ int main(void)
         cmocka_unit_test(series_reports_lack_of_memory),
         cmocka_unit_test(wilson_matches_published_intervals),
         cmocka_unit_test(wilson_of_nothing_says_nothing),
+        cmocka_unit_test(loss_interval_is_normal_or_the_rule_of_three),
         cmocka_unit_test(numbers_are_parsed),
         cmocka_unit_test(bad_numbers_are_refused_by_name),
         cmocka_unit_test(policies_keep_their_options),

@@ -77,7 +77,7 @@ static void full_finds_needles_that_window_cannot_see(void **state)
     needle_result r[3];
     int n[2] = {0};
     quarry_error error = {0};
-    if (needle_measure(f->model, &params, NULL, count_answers, n, r, &error) != QUARRY_OK) fail_msg("%s", error.message);
+    if (needle_measure(f->model, &params, NULL, count_answers, n, r, NULL, &error) != QUARRY_OK) fail_msg("%s", error.message);
     assert_int_equal(n[0] + n[1], 6);
     assert_int_equal(r[0].asked, 2);
     assert_int_equal(r[0].full_correct, 2);

@@ -64,7 +64,7 @@ static void too_deep_is_said_before_reading(void **state)
     needle_result n;
     quarry_error error;
     assert_int_equal(kld_measure(f->model, &params, NULL, &k, &error), QUARRY_ERROR_CONTEXT);
-    assert_int_equal(needle_measure(f->model, &needles, NULL, NULL, NULL, &n, &error), QUARRY_ERROR_CONTEXT);
+    assert_int_equal(needle_measure(f->model, &needles, NULL, NULL, NULL, &n, NULL, &error), QUARRY_ERROR_CONTEXT);
 }
 
 static bool stop_at_once(int64_t done, int64_t total, void *data)
@@ -107,7 +107,7 @@ static void every_needle_is_asked_for_under_every_policy(void **state)
     needle_result r[4];
     int n[2] = {0};
     quarry_error error = {0};
-    if (needle_measure(f->model, &params, NULL, count_answers, n, r, &error) != QUARRY_OK) fail_msg("%s", error.message);
+    if (needle_measure(f->model, &params, NULL, count_answers, n, r, NULL, &error) != QUARRY_OK) fail_msg("%s", error.message);
     assert_int_equal(n[0] + n[1], 8 * 4);
     for (int i = 0; i < 4; i++) assert_int_equal(r[i].asked, 8);
     assert_true(r[0].kld.n > 0 && r[3].kld.n == r[0].kld.n);
@@ -140,6 +140,65 @@ static void a_citation_holds_the_needle_if_its_number_is_in_it(void **state)
     quarry_free(tokens);
 }
 
+typedef struct grid_seen {
+    int n, off;                                           /* answers; needles that lie nearer to another third's middle */
+    int asked[2][3], correct[3][2][3], differences[3][3]; /* [length][third], [policy][length][third], [policy][1 + loss] */
+} grid_seen;
+
+static void see_grid(const needle_answer *a, void *data)
+{
+    grid_seen *s = data;
+    const int policy = s->n++ % 3, length = a->n_tokens == 400, third = (int)(3 * a->needle->depth);
+    assert_true(fabs(a->needle->depth - (third + 0.5) / 3) < 1e-12);
+    s->off += fabs((double)a->needle->at / (double)a->n_tokens - a->needle->depth) > 0.25; /* a sentence is a tenth of this text */
+    s->asked[length][third] += policy == 0;
+    s->correct[policy][length][third] += a->correct;
+    s->differences[policy][1 + a->full_correct - a->correct]++;
+}
+
+static void needles_take_every_position_in_turn(void **state)
+{
+    const fixture *f = *state;
+    const char *attn[] = {"full", "window"};
+    const int64_t depths[] = {300, 400};
+    needle_params params = {.attn = attn,
+                            .n_attn = 2,
+                            .texts = &f->text,
+                            .n_texts = 1,
+                            .depths = depths,
+                            .n_depths = 2,
+                            .count = 2,
+                            .needles = 1,
+                            .positions = 3,
+                            .n_answer = 3,
+                            .seed = 5};
+    needle_result r[3];
+    needle_cell cells[3][2][3];
+    quarry_error error = {0};
+    for (params.needles = 1; params.needles <= 3; params.needles += 2) {
+        grid_seen s = {0};
+        if (needle_measure(f->model, &params, NULL, see_grid, &s, r, &cells[0][0][0], &error) != QUARRY_OK) fail_msg("%s", error.message);
+        assert_int_equal(s.n, 2 * 3 * 2 * 3);
+        assert_int_equal(s.off, 0);
+        for (int p = 0; p < 3; p++) {
+            assert_int_equal(r[p].asked, 12);
+            assert_true(fabs(r[p].loss - (s.differences[p][2] - s.differences[p][0]) / 12.0) < 1e-12);
+            assert_true(r[p].loss_low < r[p].loss && r[p].loss < r[p].loss_high);
+            for (int d = 0; d < 2; d++)
+                for (int i = 0; i < 3; i++) {
+                    assert_int_equal(cells[p][d][i].length, depths[d]);
+                    assert_true(fabs(cells[p][d][i].depth - (i + 0.5) / 3) < 1e-12);
+                    assert_int_equal(cells[p][d][i].asked, 2);
+                    assert_int_equal(s.asked[d][i], 2);
+                    assert_int_equal(cells[p][d][i].correct, s.correct[p][d][i]);
+                }
+        }
+    }
+    params.needles = 2;
+    assert_int_equal(needle_measure(f->model, &params, NULL, NULL, NULL, r, &cells[0][0][0], &error), QUARRY_ERROR_ARGUMENT);
+    assert_non_null(strstr(error.message, "--positions"));
+}
+
 static void needles_need_room(void **state)
 {
     const fixture *f = *state;
@@ -148,7 +207,7 @@ static void needles_need_room(void **state)
         .texts = &f->text, .n_texts = 1, .depths = &depth, .n_depths = 1, .count = 1, .needles = NEEDLE_MAX, .n_answer = 4};
     needle_result r;
     quarry_error error;
-    assert_int_equal(needle_measure(f->model, &params, NULL, NULL, NULL, &r, &error), QUARRY_ERROR_ARGUMENT);
+    assert_int_equal(needle_measure(f->model, &params, NULL, NULL, NULL, &r, NULL, &error), QUARRY_ERROR_ARGUMENT);
     assert_non_null(strstr(error.message, "sentences"));
 }
 
@@ -186,7 +245,7 @@ static void lack_of_memory_is_an_error_anywhere(void **state)
         memory_fail_after(i);
         const quarry_code kld_code = kld_done ? QUARRY_OK : kld_measure(f->model, &kld, NULL, k, &error);
         memory_fail_after(i);
-        const quarry_code needle_code = needle_done ? QUARRY_OK : needle_measure(f->model, &needles, NULL, NULL, NULL, n, &error);
+        const quarry_code needle_code = needle_done ? QUARRY_OK : needle_measure(f->model, &needles, NULL, NULL, NULL, n, NULL, &error);
         memory_fail_after(-1);
         assert_true(kld_code == QUARRY_OK || kld_code == QUARRY_ERROR_MEMORY);
         assert_true(needle_code == QUARRY_OK || needle_code == QUARRY_ERROR_MEMORY);
@@ -299,6 +358,7 @@ int main(void)
         cmocka_unit_test(a_watcher_can_stop_the_measurement),
         cmocka_unit_test(every_needle_is_asked_for_under_every_policy),
         cmocka_unit_test(a_citation_holds_the_needle_if_its_number_is_in_it),
+        cmocka_unit_test(needles_take_every_position_in_turn),
         cmocka_unit_test(needles_need_room),
         cmocka_unit_test(lack_of_memory_is_an_error_anywhere),
         cmocka_unit_test(speed_reports_every_test_of_every_policy),

@@ -7,7 +7,7 @@ typedef struct needle_settings {
     eval_options eval;
     cli_output_options output;
     const char *depths;
-    int64_t count, needles, n_answer, seed;
+    int64_t count, needles, positions, n_answer, seed;
     bool cite;
 } needle_settings;
 
@@ -16,6 +16,9 @@ static const cli_option needle_table[] = {
     {"--count", "N", CLI_INT, offsetof(needle_settings, count), "3", "haystacks per depth and text", 1, 10000},
     {"--needles", "N", CLI_INT, offsetof(needle_settings, needles), "1", "needles in a haystack, each asked for (harder, and cheaper)", 1,
      NEEDLE_MAX},
+    {"--positions", "N", CLI_INT, offsetof(needle_settings, positions), "0",
+     "needles lie in the middle of each N-th of the text in turn (a multiple of --needles), --count times per depth and text; 0: anywhere",
+     0, NEEDLE_POSITIONS},
     {"-n, --predict", "N", CLI_INT, offsetof(needle_settings, n_answer), "32", "most tokens of an answer", 1, 4096},
     {"-s, --seed", "N", CLI_INT, offsetof(needle_settings, seed), "1", "seed of places, keys and numbers", 0, 9e18},
     {"--cite", NULL, CLI_SWITCH, offsetof(needle_settings, cite), NULL,
@@ -41,15 +44,16 @@ static void needle_print(const eval_input *in, const needle_result *results)
     eval_print_model(in);
     cli_print("%lld needles asked for, full attention answers %lld; kept: of these, those a policy answers; KLD along full's answers\n\n",
               (long long)results[0].asked, (long long)results[0].full_correct);
-    cli_print("%-*s  %9s  %22s  %18s  %6s  %6s\n", width, "policy", "kept", "share (95 % interval)", "mean KLD ± s.e.", "rows", "bytes");
+    cli_print("%-*s  %9s  %22s  %22s  %18s  %6s  %6s\n", width, "policy", "kept", "share (95 % interval)", "net loss (interval)",
+              "mean KLD ± s.e.", "rows", "bytes");
     for (int i = 0; i <= in->policies.n; i++) {
         const needle_result *r = &results[i];
         const double share = r->full_correct ? 100.0 * (double)r->kept / (double)r->full_correct : 0;
         char kept[48];
         snprintf(kept, sizeof kept, "%lld/%lld", (long long)r->kept, (long long)r->full_correct);
-        cli_print("%-*s  %9s  %5.1f %% (%5.1f to %5.1f)  %8.5f ± %7.5f  %4.1f %%  %4.1f %%\n", width, r->attn, kept, share,
-                  100 * r->kept_low, 100 * r->kept_high, r->kld.mean, r->kld.standard_error, 100 * r->reading.rows_share,
-                  100 * r->reading.bytes_share);
+        cli_print("%-*s  %9s  %5.1f %% (%5.1f to %5.1f)  %5.1f %% (%5.1f to %5.1f)  %8.5f ± %7.5f  %4.1f %%  %4.1f %%\n", width, r->attn,
+                  kept, share, 100 * r->kept_low, 100 * r->kept_high, 100 * r->loss, 100 * r->loss_low, 100 * r->loss_high, r->kld.mean,
+                  r->kld.standard_error, 100 * r->reading.rows_share, 100 * r->reading.bytes_share);
     }
 }
 
@@ -67,23 +71,54 @@ static void needle_print_citations(const eval_input *in, const needle_result *re
     }
 }
 
-static int needle_print_json(const eval_input *in, const needle_settings *s, const cli_list *arguments, const needle_result *results)
+/* Of one policy: a line for each position, a column for each depth. */
+static void needle_print_grid(const char *attn, const needle_cell *cells, int n_depths, int n_positions)
+{
+    cli_print("\n%-*s", 10, "position");
+    for (int d = 0; d < n_depths; d++) cli_print("  %9lld", (long long)cells[d * n_positions].length);
+    cli_print("  %s: answered of asked\n", attn);
+    for (int p = 0; p < n_positions; p++) {
+        cli_print("%8.1f %%", 100 * cells[p].depth);
+        for (int d = 0; d < n_depths; d++) {
+            const needle_cell *c = &cells[d * n_positions + p];
+            char text[48];
+            snprintf(text, sizeof text, "%lld/%lld", (long long)c->correct, (long long)c->asked);
+            cli_print("  %9s", text);
+        }
+        cli_print("\n");
+    }
+}
+
+static json_t *json_grid(const needle_cell *cells, int64_t n)
+{
+    json_t *list = json_array();
+    for (int64_t i = 0; i < n; i++)
+        json_array_append_new(list, json_pack("{s:I, s:f, s:I, s:I}", "length", (json_int_t)cells[i].length, "depth", cells[i].depth,
+                                              "asked", (json_int_t)cells[i].asked, "correct", (json_int_t)cells[i].correct));
+    return list;
+}
+
+static int needle_print_json(const eval_input *in, const needle_settings *s, const cli_list *arguments, const needle_result *results,
+                             const needle_cell *cells, int64_t n_cells)
 {
     json_t *list = json_array();
     for (int i = 0; i <= in->policies.n; i++) {
         const needle_result *r = &results[i];
         json_t *item =
-            json_pack("{s:s, s:I, s:I, s:I, s:I, s:f, s:f, s:o, s:o}", "attn", r->attn, "asked", (json_int_t)r->asked, "full_correct",
-                      (json_int_t)r->full_correct, "correct", (json_int_t)r->correct, "kept", (json_int_t)r->kept, "kept_low", r->kept_low,
-                      "kept_high", r->kept_high, "kld", eval_json_summary(&r->kld), "reading", eval_json_reading(&r->reading));
+            json_pack("{s:s, s:I, s:I, s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:o, s:o}", "attn", r->attn, "asked", (json_int_t)r->asked,
+                      "full_correct", (json_int_t)r->full_correct, "correct", (json_int_t)r->correct, "kept", (json_int_t)r->kept,
+                      "kept_low", r->kept_low, "kept_high", r->kept_high, "loss", r->loss, "loss_low", r->loss_low, "loss_high",
+                      r->loss_high, "kld", eval_json_summary(&r->kld), "reading", eval_json_reading(&r->reading));
         if (s->cite)
             json_object_update_new(
                 item, json_pack("{s:I, s:f, s:f}", "cited", (json_int_t)r->cited, "cited_low", r->cited_low, "cited_high", r->cited_high));
+        if (n_cells > 0) json_object_set_new(item, "grid", json_grid(cells + i * n_cells, n_cells));
         json_array_append_new(list, item);
     }
-    json_t *parameters = json_pack("{s:s, s:I, s:I, s:I, s:I, s:b, s:o}", "depths", s->depths, "count", (json_int_t)s->count, "needles",
-                                   (json_int_t)s->needles, "predict", (json_int_t)s->n_answer, "batch_size", (json_int_t)s->eval.n_batch,
-                                   "cite", s->cite, "attn", eval_json_policies(in));
+    json_t *parameters =
+        json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:b, s:o}", "depths", s->depths, "count", (json_int_t)s->count, "needles",
+                  (json_int_t)s->needles, "positions", (json_int_t)s->positions, "predict", (json_int_t)s->n_answer, "batch_size",
+                  (json_int_t)s->eval.n_batch, "cite", s->cite, "attn", eval_json_policies(in));
     json_t *envelope = eval_json_envelope(in, &command_eval_needle, s, arguments, &s->model, s->seed, parameters);
     if (!envelope) {
         json_decref(list);
@@ -100,12 +135,18 @@ static int needle_run(const void *settings, const cli_list *arguments)
     cli_progress progress;
     quarry_error error;
     needle_result *results = NULL;
+    needle_cell *cells = NULL;
     int64_t *depths = NULL;
     int code;
     const int64_t n_depths = list_parse_numbers(s->depths, "--depths", 64, 1000000000, &depths, &error);
     if (n_depths < 0) return cli_fail_error(&error);
     if ((code = eval_input_open(&in, &s->model, &s->eval, &s->output, arguments, &command_eval_needle))) goto done;
     if (!(results = memory_zero((size_t)in.policies.n + 1, sizeof *results, "results", &error))) {
+        code = cli_fail_error(&error);
+        goto done;
+    }
+    const int64_t n_cells = n_depths * s->positions; /* of one policy */
+    if (n_cells > 0 && !(cells = memory_zero((size_t)in.policies.n + 1, (size_t)n_cells * sizeof *cells, "results", &error))) {
         code = cli_fail_error(&error);
         goto done;
     }
@@ -117,24 +158,29 @@ static int needle_run(const void *settings, const cli_list *arguments)
                                   .n_depths = (int)n_depths,
                                   .count = (int)s->count,
                                   .needles = (int)s->needles,
+                                  .positions = (int)s->positions,
                                   .n_answer = (int)s->n_answer,
                                   .cite = s->cite,
                                   .seed = (uint64_t)s->seed,
                                   .n_batch = (int)s->eval.n_batch};
     const quarry_watch watch = cli_progress_start(&progress, "reading", s->output.quiet);
     cli_work_begin();
-    const quarry_code measured = needle_measure(in.model, &params, &watch, s->output.verbose ? on_answer : NULL, NULL, results, &error);
+    const quarry_code measured =
+        needle_measure(in.model, &params, &watch, s->output.verbose ? on_answer : NULL, NULL, results, cells, &error);
     cli_work_end();
     cli_progress_end(&progress);
     if (measured != QUARRY_OK)
         code = cli_fail_error(&error);
     else if (s->output.json)
-        code = needle_print_json(&in, s, arguments, results);
+        code = needle_print_json(&in, s, arguments, results, cells, n_cells);
     else
         needle_print(&in, results);
+    for (int i = 0; measured == QUARRY_OK && n_cells > 0 && i <= in.policies.n && !s->output.json; i++)
+        needle_print_grid(results[i].attn, cells + i * n_cells, (int)n_depths, (int)s->positions);
     if (measured == QUARRY_OK && s->cite && !s->output.json) needle_print_citations(&in, results);
 done:
     memory_free(results);
+    memory_free(cells);
     memory_free(depths);
     eval_input_close(&in);
     return code;

@@ -37,6 +37,9 @@ void series_summarise(series *s, metric_summary *out);
 double metric_quantile(const double *sorted, int64_t n, double q);
 /* Interval of a share of hits of n, at z standard deviations (1.96: 95 %). E. B. Wilson, JASA 22 (1927). [0, 1] when n is 0. */
 void metric_wilson(int64_t hits, int64_t n, double z, double *low, double *high);
+/* 95 % interval of the mean of n paired differences between -1 and 1, with the standard deviation sd: normal; where all are the same, nothing is known of what is rarer
+ * than one in n / 3 ("rule of three"). */
+void metric_loss_interval(int64_t n, double mean, double sd, double *low, double *high);
 
 /* ---- lists.c: what a user writes on the command line ---- */
 
@@ -132,7 +135,7 @@ quarry_code kld_measure(quarry_model *model, const kld_params *params, const qua
 
 /* ---- haystack.c: a text with needles in it ---- */
 
-enum { NEEDLE_KEY_BYTES = 32, NEEDLE_DIGITS = 7, NEEDLE_MAX = 16 };
+enum { NEEDLE_KEY_BYTES = 32, NEEDLE_DIGITS = 7, NEEDLE_MAX = 16, NEEDLE_POSITIONS = 64 };
 
 typedef struct needle {
     char key[NEEDLE_KEY_BYTES];     /* "copper-lantern" */
@@ -179,10 +182,11 @@ typedef struct needle_params {
     int n_texts;
     const int64_t *depths; /* [n_depths] tokens per haystack */
     int n_depths;
-    int count;    /* haystacks per depth and text */
-    int needles;  /* in each haystack; every one is asked for */
-    int n_answer; /* most tokens of an answer */
-    bool cite;    /* whether right answers cite the needle first */
+    int count;     /* haystacks per depth and text; with positions: how often every position is asked for, per depth and text */
+    int needles;   /* in each haystack; every one is asked for */
+    int positions; /* needles lie in the middle of each n-th of the text, in turn; a multiple of needles. 0: at random */
+    int n_answer;  /* most tokens of an answer */
+    bool cite;     /* whether right answers cite the needle first */
     uint64_t seed;
     int n_batch;
 } needle_params;
@@ -195,9 +199,18 @@ typedef struct needle_result {
     int64_t kept;                 /* answered by this policy and by full */
     double kept_low, kept_high;   /* 95 % interval of kept / full_correct */
     double cited_low, cited_high; /* 95 % interval of cited / correct */
+    double loss;                  /* share that full answers and the policy does not, less the share of the reverse */
+    double loss_low, loss_high;   /* its 95 % interval, of paired differences */
     metric_summary kld;           /* KLD(full || policy) over the tokens of full's answers */
     eval_reading reading;
 } needle_result;
+
+/* Needles of one size of haystack at one position. */
+typedef struct needle_cell {
+    int64_t length; /* tokens */
+    double depth;   /* where in the text they were meant to be, 0 to 1; they are at the sentence nearest to it */
+    int64_t asked, correct;
+} needle_cell;
 
 /* One question answered, for whoever wants to look. Texts end with NUL and live until the callback returns. */
 typedef struct needle_answer {
@@ -208,9 +221,9 @@ typedef struct needle_answer {
 } needle_answer;
 typedef void (*needle_answer_fn)(const needle_answer *answer, void *data);
 
-/* results[1 + n_attn]: "full" first. on_answer may be NULL. Errors as kld_measure; UNSUPPORTED when the model has no known chat template. */
+/* results[1 + n_attn]: "full" first. cells[1 + n_attn][n_depths][positions]; on_answer and cells may be NULL. Errors as kld_measure; UNSUPPORTED when the model has no known chat template. */
 quarry_code needle_measure(quarry_model *model, const needle_params *params, const quarry_watch *watch, needle_answer_fn on_answer,
-                           void *data, needle_result *results, quarry_error *error);
+                           void *data, needle_result *results, needle_cell *cells, quarry_error *error);
 
 /* ---- ruler.c: the synthetic tasks of RULER (arXiv 2404.06654) that need no data set ---- */
 

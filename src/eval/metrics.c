@@ -91,3 +91,10 @@ void metric_wilson(int64_t hits, int64_t n, double z, double *low, double *high)
     *low = hits == 0 ? 0 : centre - half;
     *high = hits == n ? 1 : centre + half;
 }
+
+void metric_loss_interval(int64_t n, double mean, double sd, double *low, double *high)
+{
+    const double half = n > 1 && sd > 0 ? 1.96 * sd / sqrt((double)n) : n > 0 ? fmin(1, 3 / (double)n) : 1;
+    *low = fmax(-1, mean - half);
+    *high = fmin(1, mean + half);
+}

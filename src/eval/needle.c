@@ -1,5 +1,6 @@
 #include "eval/common.h"
 
+#include <math.h>
 #include <string.h>
 
 enum { QUESTION_TOKENS = 64 };
@@ -17,6 +18,7 @@ typedef struct needle_run {
     int n_policies;
     int64_t n_vocab, asked, full_correct;
     needle_tally *tallies; /* [n_policies] */
+    needle_cell *cells;    /* [n_policies][n_depths][positions]; may be NULL */
     haystack_source source;
     float *reference;      /* [n_answer][n_vocab] logits of full along its answer */
     double *log_p, *log_q; /* [n_vocab] */
@@ -31,6 +33,7 @@ typedef struct needle_case {
     const char *text_name;
     const needle *needle;
     int64_t n_tokens;
+    int64_t cell; /* of one policy's cells */
     const quarry_session *read;
     int64_t first; /* token where the text begins, after the template's */
     const token_list *question;
@@ -120,6 +123,11 @@ static quarry_code answer_judge(needle_run *r, needle_case *c, int policy, const
                                 error);
     r->tallies[policy].correct += correct;
     r->tallies[policy].cited += cited;
+    if (r->cells) {
+        needle_cell *cell = &r->cells[(int64_t)policy * r->params->n_depths * r->params->positions + c->cell];
+        cell->asked++;
+        cell->correct += correct;
+    }
     r->tallies[policy].kept += correct && c->full_correct;
     if (r->on_answer) {
         const needle_answer a = {c->text_name, r->specs[policy], text, c->needle, c->n_tokens, correct, c->full_correct};
@@ -161,9 +169,24 @@ done:
     return code;
 }
 
-/* One haystack: read once, then every needle asked for under every policy. */
-static quarry_code haystack_run(needle_run *r, int text_index, int64_t n_tokens, quarry_error *error)
+/* How many haystacks one depth and text have. */
+static int haystacks_of(const needle_params *p)
 {
+    return p->positions > 0 ? p->count * (p->positions / p->needles) : p->count;
+}
+
+/* Position of needle i of haystack `index`: those of one haystack lie as far apart as they can, and each position has its turn. */
+static int position_of(const needle_params *p, int index, int i)
+{
+    const int turns = p->positions / p->needles;
+    return i * turns + index % turns;
+}
+
+/* The index-th haystack of one depth and text: read once, then every needle asked for under every policy. */
+static quarry_code haystack_run(needle_run *r, int depth, int text_index, int index, quarry_error *error)
+{
+    const int64_t n_tokens = r->params->depths[depth];
+    const int positions = r->params->positions;
     needle needles[NEEDLE_MAX];
     token_list before = {0}, question = {0};
     needle_case c = {.text_name = r->params->texts[text_index].name, .n_tokens = n_tokens};
@@ -173,6 +196,7 @@ static quarry_code haystack_run(needle_run *r, int text_index, int64_t n_tokens,
     int32_t *tokens = memory_alloc((size_t)n_tokens, sizeof *tokens, "haystack", error);
     if (!tokens) return QUARRY_ERROR_MEMORY;
     needle_draw(needles, r->params->needles, &r->random);
+    for (int i = 0; i < r->params->needles && positions > 0; i++) needles[i].depth = (position_of(r->params, index, i) + 0.5) / positions;
     if ((code = question_encode(r->model, &needles[0], &before, &question, error)) != QUARRY_OK) goto done;
     if ((code = haystack_draw(&r->source, text_index, needles, r->params->needles, &before, &r->random, tokens, n_tokens, error)) !=
         QUARRY_OK)
@@ -187,6 +211,7 @@ static quarry_code haystack_run(needle_run *r, int text_index, int64_t n_tokens,
     c.question = &question;
     for (int i = 0; i < r->params->needles; i++) {
         c.needle = &needles[i];
+        c.cell = positions > 0 ? (int64_t)depth * positions + position_of(r->params, index, i) : 0;
         if ((code = question_encode(r->model, c.needle, &before, &question, error)) != QUARRY_OK) goto done;
         for (int policy = 0; policy < r->n_policies; policy++) {
             if ((code = eval_watch_ask(&r->watch, error)) != QUARRY_OK) goto done;
@@ -208,6 +233,9 @@ static quarry_code needle_check(const quarry_model *model, const needle_params *
         return error_set(error, QUARRY_ERROR_ARGUMENT, "texts, depths, count and answer tokens must be at least 1");
     if (p->needles < 1 || p->needles > NEEDLE_MAX)
         return error_set(error, QUARRY_ERROR_ARGUMENT, "--needles: %d, should be 1 to %d", p->needles, NEEDLE_MAX);
+    if (p->positions < 0 || p->positions > NEEDLE_POSITIONS || p->positions % p->needles != 0)
+        return error_set(error, QUARRY_ERROR_ARGUMENT, "--positions: %d, should be a multiple of the %d needles, and at most %d",
+                         p->positions, p->needles, NEEDLE_POSITIONS);
     for (int i = 0; i < p->n_depths; i++) { /* a question has about 30 tokens */
         const quarry_code code =
             eval_check_length(model, p->depths[i] + QUESTION_TOKENS + p->n_answer, "haystack, question and answer", error);
@@ -242,25 +270,45 @@ static void needle_free(needle_run *r)
     memory_free(r->log_q);
 }
 
+static void cells_clear(needle_run *r)
+{
+    const needle_params *p = r->params;
+    needle_cell *cell = r->cells;
+    for (int policy = 0; policy < r->n_policies; policy++)
+        for (int d = 0; d < p->n_depths; d++)
+            for (int i = 0; i < p->positions; i++) *cell++ = (needle_cell){p->depths[d], (i + 0.5) / p->positions, 0, 0};
+}
+
+/* Differences of one question are 1 (lost), -1 (gained) or 0. */
+static void loss_fill(needle_result *out)
+{
+    const double n = (double)out->asked, lost = (double)(out->full_correct - out->kept), gained = (double)(out->correct - out->kept);
+    out->loss = n > 0 ? (lost - gained) / n : 0;
+    const double sd = n > 1 ? sqrt(fmax(0, (lost + gained - n * out->loss * out->loss) / (n - 1))) : 0;
+    metric_loss_interval(out->asked, out->loss, sd, &out->loss_low, &out->loss_high);
+}
+
 quarry_code needle_measure(quarry_model *model, const needle_params *params, const quarry_watch *watch, needle_answer_fn on_answer,
-                           void *data, needle_result *results, quarry_error *error)
+                           void *data, needle_result *results, needle_cell *cells, quarry_error *error)
 {
     needle_run r = {.model = model,
                     .params = params,
                     .n_policies = params->n_attn + 1,
                     .n_vocab = model_shape_of(model)->n_vocab,
                     .watch = {.outer = watch},
+                    .cells = params->positions > 0 ? cells : NULL,
                     .on_answer = on_answer,
                     .data = data};
     quarry_code code = needle_check(model, params, error);
     if (code != QUARRY_OK) return code;
     random_seed(&r.random, params->seed);
-    for (int d = 0; d < params->n_depths; d++) r.watch.total += params->depths[d] * params->n_texts * params->count;
+    for (int d = 0; d < params->n_depths; d++) r.watch.total += params->depths[d] * params->n_texts * haystacks_of(params);
     if ((code = needle_alloc(&r, error)) != QUARRY_OK) goto done;
+    if (r.cells) cells_clear(&r);
     for (int d = 0; d < params->n_depths; d++)
         for (int t = 0; t < params->n_texts; t++)
-            for (int i = 0; i < params->count; i++)
-                if ((code = haystack_run(&r, t, params->depths[d], error)) != QUARRY_OK) goto done;
+            for (int i = 0; i < haystacks_of(params); i++)
+                if ((code = haystack_run(&r, d, t, i, error)) != QUARRY_OK) goto done;
     for (int i = 0; i < r.n_policies; i++) {
         needle_tally *t = &r.tallies[i];
         results[i] = (needle_result){.attn = i ? params->attn[i - 1] : "full",
@@ -271,6 +319,7 @@ quarry_code needle_measure(quarry_model *model, const needle_params *params, con
                                      .cited = t->cited};
         metric_wilson(t->kept, r.full_correct, 1.96, &results[i].kept_low, &results[i].kept_high);
         metric_wilson(t->cited, t->correct, 1.96, &results[i].cited_low, &results[i].cited_high);
+        loss_fill(&results[i]);
         series_summarise(&t->kld, &results[i].kld);
         reading_relate(&t->reading, &r.tallies[0].reading, model, &results[i].reading);
     }

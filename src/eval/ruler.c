@@ -226,14 +226,6 @@ static quarry_code sample_run(ruler_run *r, int task, int64_t length, int i, rul
 
 /* ---- results ---- */
 
-/* Of differences: normal; where all are the same, nothing is known of what is rarer than one in n / 3 ("rule of three"). */
-static void loss_interval(const metric_summary *s, double *low, double *high)
-{
-    const double half = s->n > 1 && s->sd > 0 ? 1.96 * s->standard_error : s->n > 0 ? fmin(1, 3 / (double)s->n) : 1;
-    *low = fmax(-1, s->mean - half);
-    *high = fmin(1, s->mean + half);
-}
-
 static void results_fill(ruler_run *r, ruler_result *results)
 {
     const ruler_params *p = r->params;
@@ -256,7 +248,7 @@ static void results_fill(ruler_run *r, ruler_result *results)
                                       .loss = loss.mean};
                 if (policy == 0) out->score_full = score.mean;
                 metric_wilson(llround(score.mean * (double)score.n), score.n, 1.96, &out->score_low, &out->score_high);
-                loss_interval(&loss, &out->loss_low, &out->loss_high);
+                metric_loss_interval(loss.n, loss.mean, loss.sd, &out->loss_low, &out->loss_high);
                 out->counted = policy == 0 ? out->score_low > RULER_GATE : results[n - policy].counted;
                 reading_relate(&cell->reading, &full->reading, r->model, &out->reading);
             }
