@@ -793,6 +793,33 @@ static void select_without_scratch_memory_is_an_error(void **state)
     close_world(&w);
 }
 
+/* All tokens as outliers are all looked at again, as with a margin that all are within. */
+static void outliers_are_looked_at_whatever_their_codes_say(void **state)
+{
+    (void)state;
+    world w = open_world(1500, 64, 3, KV_F16, "segment=512,refine=1,margin=100,outliers=0", 160);
+    quarry_error error = {0};
+    attn_policy *marked = attn_ivfpq.create(&w.shape, kernels, "segment=512,refine=1,margin=0,outliers=1", &error);
+    assert_non_null(marked);
+    write_rows(&w, 0, w.n);
+    append(&w, w.p, w.kv, 1400);
+    seal(&w, w.p, w.kv);
+    append(&w, marked, w.kv, 1400);
+    seal(&w, marked, w.kv);
+    const ivfpq *p = (const ivfpq *)marked;
+    for (int64_t i = 0; i < p->n_sealed; i++) { /* every slot is listed once */
+        ivfpq_part part = ivfpq_part_of(p, p->sealed[i], 0);
+        bool seen[1024] = {false};
+        for (int64_t j = 0; j < p->sealed[i]->n; j++) {
+            assert_true(part.outliers[j] < p->sealed[i]->n && !seen[part.outliers[j]]);
+            seen[part.outliers[j]] = true;
+        }
+    }
+    assert_same_steps(&w, w.p, w.kv, marked, w.kv);
+    attn_policy_destroy(marked);
+    close_world(&w);
+}
+
 static void options_are_checked(void **state)
 {
     (void)state;
@@ -825,6 +852,7 @@ int main(void)
         cmocka_unit_test(what_was_read_is_counted),
         cmocka_unit_test(failed_allocations_leave_the_index_usable),
         cmocka_unit_test(select_without_scratch_memory_is_an_error),
+        cmocka_unit_test(outliers_are_looked_at_whatever_their_codes_say),
         cmocka_unit_test(options_are_checked),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

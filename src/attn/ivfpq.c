@@ -52,6 +52,7 @@ static attn_policy *ivfpq_create(const attn_shape *shape, const math_kernels *ke
                        .max = 0.08,
                        .refine = 0.3,
                        .margin = 2,
+                       .outliers = 0.02,
                        .size = 64,
                        .values = 0.8,
                        .alpha = 0.5,
@@ -59,17 +60,10 @@ static attn_policy *ivfpq_create(const attn_shape *shape, const math_kernels *ke
                        .segment = 4096,
                        .tail = 1};
     const attn_option table[] = {
-        {"budget", &o.budget, 0, 1},
-        {"min", &o.min, 1, 1e9},
-        {"threshold", &o.threshold, 0, 1},
-        {"max", &o.max, 0, 1},
-        {"refine", &o.refine, 0, 1},
-        {"margin", &o.margin, 0, 100},
-        {"size", &o.size, 1, 1024},
-        {"values", &o.values, 0, 1},
-        {"alpha", &o.alpha, 0, 2},
-        {"shrink", &o.shrink, 1e-6, 1},
-        {"segment", &o.segment, 128, IVFPQ_LARGEST},
+        {"budget", &o.budget, 0, 1},   {"min", &o.min, 1, 1e9},        {"threshold", &o.threshold, 0, 1},
+        {"max", &o.max, 0, 1},         {"refine", &o.refine, 0, 1},    {"outliers", &o.outliers, 0, 1},
+        {"margin", &o.margin, 0, 100}, {"size", &o.size, 1, 1024},     {"values", &o.values, 0, 1},
+        {"alpha", &o.alpha, 0, 2},     {"shrink", &o.shrink, 1e-6, 1}, {"segment", &o.segment, 128, IVFPQ_LARGEST},
         {"tail", &o.tail, 0, 1},
     };
     if (attn_options_parse("ivfpq", spec, table, (int)(sizeof table / sizeof *table), error) != QUARRY_OK) return NULL;
@@ -184,6 +178,7 @@ const attn_policy_type attn_ivfpq = {
                "max=0.08          as far as they are not more than this share\n"
                "refine=0.3        largest share of the far tokens whose weights are estimated again, from 4-bit keys (0: off)\n"
                "margin=2          they are those within this distance, in nats, of the threshold\n"
+               "outliers=0.02     share of the far tokens that always are: those whose codes are farthest from their keys\n"
                "size=64           tokens per cluster\n"
                "values=0.8        share of the values, beside the keys, in what makes tokens of a cluster alike\n"
                "alpha=0.5         power of the query statistics in the metric of the codes\n"

@@ -34,13 +34,13 @@ enum {
 };
 
 typedef struct ivfpq_options {
-    double budget, min, threshold, max, refine, margin, size, values, alpha, shrink, segment, tail;
+    double budget, min, threshold, max, refine, margin, outliers, size, values, alpha, shrink, segment, tail;
 } ivfpq_options;
 
 /* Where the fields of a part lie, in bytes from its start. */
 typedef struct ivfpq_layout {
     size_t status, centre, centroids, forward, forward_scale, query, query_scale, begin, value_scale, values, order, cluster, codes,
-        key_scale, keys, total;
+        key_scale, keys, outliers, total;
 } ivfpq_layout;
 
 typedef struct ivfpq_segment {
@@ -68,6 +68,7 @@ typedef struct ivfpq_part {
     uint16_t *order, *cluster;          /* [slots]: the token, counted from the segment's first; its cluster */
     uint8_t *codes;                     /* scan blocks of slots */
     float *key_scale;                   /* [slots] */
+    uint16_t *outliers;                 /* [tokens * outliers]: the slots whose codes are worst */
     uint8_t *keys;                      /* [slots][d / 2]: key - centre in 4 bits a dimension (math/retrieval.h, dot_i4) */
 } ivfpq_part;
 
@@ -91,6 +92,12 @@ typedef struct ivfpq {
 static inline int64_t ivfpq_min64(int64_t a, int64_t b)
 {
     return a < b ? a : b;
+}
+
+/* Outliers of a sealed segment of n tokens. */
+static inline int64_t ivfpq_outliers(const ivfpq *p, int64_t n)
+{
+    return (int64_t)(p->options.outliers * (double)n);
 }
 
 /* ---- ivfpq_build.c ---- */

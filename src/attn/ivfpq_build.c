@@ -1,6 +1,7 @@
 /* Building the index: segments, their parts, and the open one. */
 #include <math.h>
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "attn/ivfpq.h"
@@ -35,6 +36,7 @@ static ivfpq_layout layout_make(const ivfpq *p, int64_t n, int64_t n_clusters, b
     l.codes = take(&at, vq_code_bytes(p->n_sub, n));
     l.key_scale = take(&at, (size_t)n * f);
     l.keys = take(&at, (size_t)n * (d / 2));
+    l.outliers = take(&at, sealed ? (size_t)ivfpq_outliers(p, n) * sizeof(uint16_t) : 0);
     l.total = at;
     return l;
 }
@@ -89,6 +91,7 @@ ivfpq_part ivfpq_part_of(const ivfpq *p, const ivfpq_segment *s, int part)
         .codes = m + l->codes,
         .key_scale = (float *)(m + l->key_scale),
         .keys = m + l->keys,
+        .outliers = (uint16_t *)(m + l->outliers),
     };
 }
 
@@ -300,6 +303,45 @@ static vq_points join_values(builder *b, int64_t first, int64_t n)
     return (vq_points){b->y, b->columns, n, 2 * d, stride, (int)(2 * d)};
 }
 
+static int by_error(const void *a, const void *b)
+{
+    const float x = *(const float *)a, y = *(const float *)b;
+    return x < y ? 1 : x > y ? -1 : 0;
+}
+
+/* The tokens whose codes are farthest from their keys, in the metric, as tokens. */
+static void find_outliers(builder *b, const ivfpq_part *part, int64_t n)
+{
+    const int d = b->p->d, n_sub = b->p->n_sub, d_sub = d / n_sub;
+    const int64_t k = ivfpq_outliers(b->p, n);
+    float *sorted = arena_alloc(b->scratch, (size_t)n, sizeof *sorted, NULL);
+    if (!sorted) {
+        for (int64_t i = 0; i < k; i++) part->outliers[i] = (uint16_t)i;
+        return;
+    }
+    for (int64_t t = 0; t < n; t++) {
+        float sum = 0;
+        for (int s = 0; s < n_sub; s++)
+            for (int j = 0; j < d_sub; j++) {
+                const float x = b->y[t * d + s * d_sub + j] - part->book.centroids[(s * d_sub + j) * SCAN_CODES + b->assign[s * n + t]];
+                sum += x * x;
+            }
+        b->values[t] = sorted[t] = sum;
+    }
+    qsort(sorted, (size_t)n, sizeof *sorted, by_error);
+    int64_t found = 0;
+    for (int64_t t = 0; t < n && found < k; t++)
+        if (b->values[t] >= sorted[k - 1]) part->outliers[found++] = (uint16_t)t;
+    for (; found < k; found++) part->outliers[found] = (uint16_t)found; /* what is no number is in no order */
+}
+
+/* Their slots. */
+static void place_outliers(builder *b, const ivfpq_part *part, int64_t n)
+{
+    for (int64_t slot = 0; slot < n; slot++) b->clusters[part->order[slot]] = (int32_t)slot;
+    for (int64_t i = 0; i < ivfpq_outliers(b->p, n); i++) part->outliers[i] = (uint16_t)b->clusters[part->outliers[i]];
+}
+
 /* Trains and fills the part of segment `index`. Without memory for it the part stays uncoded: all of its tokens are read. */
 static void build_part(builder *b, int64_t index)
 {
@@ -320,11 +362,13 @@ static void build_part(builder *b, int64_t index)
     uint64_t seed = (uint64_t)(s->first * p->n_parts + b->part);
     if (vq_codebook_train(&part.book, b->kernels, &points, CODE_ITERATIONS, seed, b->assign, b->scratch, NULL) != QUARRY_OK) return;
     int32_t n_clusters;
+    find_outliers(b, &part, n);
     points = join_values(b, s->first, n);
     if (vq_cluster(b->kernels, &points, (int)k, CLUSTER_ITERATIONS, seed, b->clusters, &n_clusters, b->scratch, NULL) != QUARRY_OK) return;
     part.status->n_clusters = fill_clusters(b, &part, s->first, n, n_clusters, 0, 0);
     memset(part.codes, 0, vq_code_bytes(p->n_sub, n));
     fill_slots(b, &part, 0, n);
+    place_outliers(b, &part, n);
     part.status->coded = true;
 }
 

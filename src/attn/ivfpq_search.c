@@ -189,6 +189,8 @@ static void merge_heads(search *s, const attention_state *near)
     s->kernels->merge(s->scores, s->n_keys, s->g, s->up, s->down, s->n_keys, s->keys);
     for (const view *v = s->views; v < s->views + s->n_views; v++) {
         for (int64_t t = v->n_coded; t < cut_padded(v->n); t++) s->keys[v->key + t] = t < v->n ? FORCED : 0;
+        if (s->p->options.refine > 0 && v - s->views < s->p->n_sealed && v->n_coded)
+            for (int64_t i = 0; i < ivfpq_outliers(s->p, v->n); i++) s->keys[v->key + v->part.outliers[i]] = FORCED - 1;
     }
 }
 
@@ -283,6 +285,7 @@ static bool refine(search *s, candidates *c, arena *scratch, attn_cost *cost, qu
     for (int64_t j = 0; j < s->n_views; j++) {
         const view *v = &s->views[j];
         int64_t first = i, n = 0;
+        if (j < s->p->n_sealed) cost->index_bytes += ivfpq_outliers(s->p, v->n) * (int64_t)sizeof(uint16_t);
         for (; i < c->n && c->at[i] < v->key + v->n_coded; i++) slots[n++] = (int32_t)(c->at[i] - v->key);
         while (i < c->n && c->at[i] < v->key + cut_padded(v->n)) i++; /* those without a code */
         for (int h = 0; h < g; h++) query.bias[h] = (s->centre[j * g + h] - s->base[h]) / s->step;
