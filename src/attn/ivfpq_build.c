@@ -309,16 +309,13 @@ static int by_error(const void *a, const void *b)
     return x < y ? 1 : x > y ? -1 : 0;
 }
 
-/* The tokens whose codes are farthest from their keys, in the metric, as tokens. */
-static void find_outliers(builder *b, const ivfpq_part *part, int64_t n)
+/* The tokens whose codes are farthest from their keys, in the metric, as tokens; false without memory. */
+static bool find_outliers(builder *b, const ivfpq_part *part, int64_t n)
 {
     const int d = b->p->d, n_sub = b->p->n_sub, d_sub = d / n_sub;
     const int64_t k = ivfpq_outliers(b->p, n);
     float *sorted = arena_alloc(b->scratch, (size_t)n, sizeof *sorted, NULL);
-    if (!sorted) {
-        for (int64_t i = 0; i < k; i++) part->outliers[i] = (uint16_t)i;
-        return;
-    }
+    if (!sorted) return false;
     for (int64_t t = 0; t < n; t++) {
         float sum = 0;
         for (int s = 0; s < n_sub; s++)
@@ -333,6 +330,7 @@ static void find_outliers(builder *b, const ivfpq_part *part, int64_t n)
     for (int64_t t = 0; t < n && found < k; t++)
         if (b->values[t] >= sorted[k - 1]) part->outliers[found++] = (uint16_t)t;
     for (; found < k; found++) part->outliers[found] = (uint16_t)found; /* what is no number is in no order */
+    return true;
 }
 
 /* Their slots. */
@@ -362,7 +360,7 @@ static void build_part(builder *b, int64_t index)
     uint64_t seed = (uint64_t)(s->first * p->n_parts + b->part);
     if (vq_codebook_train(&part.book, b->kernels, &points, CODE_ITERATIONS, seed, b->assign, b->scratch, NULL) != QUARRY_OK) return;
     int32_t n_clusters;
-    find_outliers(b, &part, n);
+    if (!find_outliers(b, &part, n)) return;
     points = join_values(b, s->first, n);
     if (vq_cluster(b->kernels, &points, (int)k, CLUSTER_ITERATIONS, seed, b->clusters, &n_clusters, b->scratch, NULL) != QUARRY_OK) return;
     part.status->n_clusters = fill_clusters(b, &part, s->first, n, n_clusters, 0, 0);
