@@ -231,8 +231,8 @@ static void windows_survive_forks_and_truncation(void **state)
     quarry_model_close(m);
 }
 
-/* One layer of seven is searched; the others read their 16 rows under any policy, and `full` is charged no more. */
-static void costs_count_windows(void **state)
+/* One layer of seven is searched; the others read their 16 rows under any policy, which is counted apart. */
+static void costs_tell_windows_apart(void **state)
 {
     (void)state;
     quarry_model *m = open_model("gemma3-f32.gguf", 2);
@@ -241,7 +241,8 @@ static void costs_count_windows(void **state)
         quarry_session *s = open_session(m, specs[i], 64);
         read_tokens(s, 0, N);
         feed_tokens(s, N, 1);
-        assert_int_equal(session_cost(s).rows, 6 * 16 + (i == 0 ? N + 1 : ATTN_SINKS + ATTN_WINDOW + 1));
+        assert_int_equal(session_cost(s).rows, i == 0 ? N + 1 : ATTN_SINKS + ATTN_WINDOW + 1);
+        assert_int_equal(session_cost(s).window_rows, 6 * 16);
         quarry_session_close(s);
     }
     quarry_model_close(m);
@@ -480,7 +481,7 @@ int main(void)
         cmocka_unit_test(forks_answer_alike_and_independently),
         cmocka_unit_test(truncating_and_going_on_equals_never_having_read),
         cmocka_unit_test(windows_survive_forks_and_truncation),
-        cmocka_unit_test(costs_count_windows),
+        cmocka_unit_test(costs_tell_windows_apart),
         cmocka_unit_test(too_many_tokens_are_refused_before_any_work),
         cmocka_unit_test(cancelling_leaves_a_session_that_can_go_on),
         cmocka_unit_test(failed_allocations_leave_the_session_usable),

@@ -49,7 +49,8 @@ typedef struct attn_cost {
     int64_t index_bytes; /* by select: codes, page summaries */
     int64_t table_bytes; /* by select: codebooks and bases, which do not grow with every token */
     int64_t tail_bytes;  /* by tail: clusters */
-    int64_t rows;        /* K|V rows: sinks + selected + local */
+    int64_t rows;        /* K|V rows: sinks, selected and near ones */
+    int64_t window_rows; /* the same of layers that see a sliding window only, where there is nothing to choose */
 } attn_cost;
 
 static inline void attn_cost_add(attn_cost *sum, const attn_cost *cost)
@@ -58,9 +59,10 @@ static inline void attn_cost_add(attn_cost *sum, const attn_cost *cost)
     sum->table_bytes += cost->table_bytes;
     sum->tail_bytes += cost->tail_bytes;
     sum->rows += cost->rows;
+    sum->window_rows += cost->window_rows;
 }
 
-/* Bytes, with row_bytes for a K|V row. */
+/* Bytes in the layers that a policy searches, with row_bytes for a K|V row. */
 static inline int64_t attn_cost_bytes(const attn_cost *cost, int64_t row_bytes)
 {
     return cost->index_bytes + cost->table_bytes + cost->tail_bytes + cost->rows * row_bytes;

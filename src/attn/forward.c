@@ -111,6 +111,13 @@ static void add_cost(const attn_pass *p, int64_t row, int head, const attn_cost 
     if (p->costs) attn_cost_add(&p->costs[row * p->shape->kv.n_head_kv + head], cost);
 }
 
+static void add_rows(const attn_pass *p, int64_t row, int head, int64_t n)
+{
+    attn_cost cost = {0};
+    *(is_local(p) ? &cost.window_rows : &cost.rows) = n;
+    add_cost(p, row, head, &cost);
+}
+
 /* Pointers to rows [first, end) appended at list[n]; returns the new n. */
 static int64_t list_range(const attn_pass *p, const attn_row *row, int head, int64_t first, int64_t end, const void **list, int64_t n)
 {
@@ -175,7 +182,7 @@ static quarry_code run_tile(attn_pass *p, const attn_task *t, arena *scratch, qu
     for (int64_t r = 0; r < t->n_rows; r++) {
         attention_state part = {state.m + r * g, state.l + r * g, state.o + r * g * d};
         write_out(&part, g, d, out_of(p, t->row + r, t->head));
-        add_cost(p, t->row + r, t->head, &(attn_cost){.rows = rows[r].pos + 1 - first_seen(p, &rows[r])});
+        add_rows(p, t->row + r, t->head, rows[r].pos + 1 - first_seen(p, &rows[r]));
     }
     return QUARRY_OK;
 }
@@ -184,7 +191,7 @@ static quarry_code run_split(attn_pass *p, attn_task *t, arena *scratch, quarry_
 {
     const float *q = scaled_query(p, t->row, t->head, scratch, error);
     if (!q) return QUARRY_ERROR_MEMORY;
-    if (t->begins) add_cost(p, t->row, t->head, &(attn_cost){.rows = p->rows[t->row].pos + 1 - t->first});
+    if (t->begins) add_rows(p, t->row, t->head, p->rows[t->row].pos + 1 - t->first);
     return run_range(p, &p->rows[t->row], t->head, q, t->first, t->end, scratch, &t->part, error);
 }
 

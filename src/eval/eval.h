@@ -67,7 +67,7 @@ typedef struct eval_text {
     int64_t n_tokens;
 } eval_text;
 
-/* What a policy read, relative to reading everything. */
+/* What a policy read, relative to reading everything. Layers that see a sliding window only, and are read the same under every policy, do not count. */
 typedef struct eval_reading {
     double rows_share;   /* K|V rows */
     double index_share;  /* codes, page summaries; bytes of all rows are 1 here and below */

@@ -68,8 +68,10 @@ static quarry_code kld_follow(kld_run *r, const quarry_session *read, int policy
         kld_step(r, i, logits, path->tokens[i + 1]);
     }
     const attn_cost after = session_cost(session);
-    r->steps.cost = (attn_cost){after.index_bytes - before.index_bytes, after.table_bytes - before.table_bytes,
-                                after.tail_bytes - before.tail_bytes, after.rows - before.rows};
+    r->steps.cost = (attn_cost){.index_bytes = after.index_bytes - before.index_bytes,
+                                .table_bytes = after.table_bytes - before.table_bytes,
+                                .tail_bytes = after.tail_bytes - before.tail_bytes,
+                                .rows = after.rows - before.rows};
     if (audited && code == QUARRY_OK) code = audit_total(&r->audit, &r->steps.audit, error);
     quarry_session_close(session);
     return code;

@@ -54,7 +54,7 @@ static quarry_code tally_policy(kld_tally *t, const json_t *policy, const json_t
     if ((code = series_push(&t->kld_means, kld_sum / (double)n, error)) != QUARRY_OK ||
         (code = series_push(&t->dnll_means, dnll_sum / (double)n, error)) != QUARRY_OK)
         return code;
-    const attn_cost cost = {index, tables, tail, rows};
+    const attn_cost cost = {.index_bytes = index, .table_bytes = tables, .tail_bytes = tail, .rows = rows};
     attn_cost_add(&t->reading.cost, &cost);
     t->reading.tokens += (int64_t)n;
     t->steps += (int64_t)n;

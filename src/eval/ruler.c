@@ -157,7 +157,7 @@ static bool record_parse(const json_t *record, double *score, reading_sum *readi
     if (json_unpack((json_t *)record, "{s:F, s:I, s:I, s:I, s:I, s:I}", "score", score, "index", &index, "tables", &tables, "tail", &tail,
                     "rows", &rows, "tokens", &tokens))
         return false;
-    *reading = (reading_sum){{index, tables, tail, rows}, tokens};
+    *reading = (reading_sum){{.index_bytes = index, .table_bytes = tables, .tail_bytes = tail, .rows = rows}, tokens};
     return true;
 }
 

@@ -266,7 +266,8 @@ quarry_code session_feed_generated(quarry_session *s, int32_t token, const quarr
     attn_cost_add(&s->sparse_cost, &st.cost);
     s->stats.n_generated++;
     const kv_shape *k = kv_shape_of(s->kv);
-    s->kv_bytes_sum += (double)attn_cost_bytes(&st.cost, (int64_t)kv_row_bytes(k->type, k->head_dim));
+    const int64_t row = (int64_t)kv_row_bytes(k->type, k->head_dim);
+    s->kv_bytes_sum += (double)(attn_cost_bytes(&st.cost, row) + st.cost.window_rows * row);
     s->kv_full_sum += kv_bytes_seen(k, s->tokens.n);
     s->n_steps++;
     return code;
