@@ -103,7 +103,7 @@ static void ruler_scores_full_above_window_and_goes_on_from_a_journal(void **sta
     json_t *header = json_pack("{s:s}", "command", "eval ruler");
     ruler_params params = {.attn = attn, .n_attn = 2, .lengths = &length, .n_lengths = 1, .samples = 3, .seed = 1};
     params.tasks[ruler_task_find("niah_single_1", 13)] = params.tasks[ruler_task_find("vt", 2)] = true;
-    ruler_result r[2][9];
+    score_result r[2][9];
     assert_int_equal(ruler_n_results(&params), 9);
     for (int round = 0; round < 2; round++) { /* the second reads what the first has kept */
         quarry_error error = {0};
@@ -113,7 +113,7 @@ static void ruler_scores_full_above_window_and_goes_on_from_a_journal(void **sta
         assert_int_equal(journal_count(params.journal), 6);
         journal_close(params.journal);
     }
-    const ruler_result *found = r[0], *all = &r[0][6];
+    const score_result *found = r[0], *all = &r[0][6];
     assert_string_equal(found[0].task, "niah_single_1");
     assert_true(found[0].score == 1 && found[0].counted && found[1].score == 1);
     assert_true(found[2].score == 0 && found[2].loss == 1 && found[2].score_full == 1);

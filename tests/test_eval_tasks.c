@@ -1,6 +1,7 @@
 /* The tasks on a tiny random model: what they count and report, whatever the numbers are. */
 #include <math.h>
 
+#include "eval/common.h"
 #include "eval_fixture.h"
 
 static int open_model(void **state)
@@ -256,6 +257,55 @@ static void lack_of_memory_is_an_error_anywhere(void **state)
     assert_true(kld_done && needle_done && failures > 20);
 }
 
+typedef struct enough_seen {
+    int n, most;
+    size_t length;
+} enough_seen;
+
+static bool enough_after(const void *data, const char *text)
+{
+    enough_seen *s = (enough_seen *)data;
+    assert_true(strlen(text) >= s->length);
+    s->length = strlen(text);
+    return ++s->n == s->most;
+}
+
+static void an_answer_ends_where_no_more_of_it_matters(void **state)
+{
+    const fixture *f = *state;
+    quarry_error error = {0};
+    const char *specs[] = {"full"};
+    quarry_session *session = session_open_policies(f->model, &(quarry_session_params){0}, specs, 1, &error);
+    assert_int_equal(quarry_session_read(session, f->tokens, 100, NULL, &error), 0);
+    char *whole;
+    reading_sum all = {0};
+    assert_int_equal(answer_ask(f->model, session, 0, f->tokens, 5, 10, NULL, NULL, &whole, &all, &error), QUARRY_OK);
+    assert_in_range(all.tokens, 7, 14); /* the question and all of the answer but its last */
+    for (int most = 1; most < 4; most++) {
+        enough_seen s = {.most = most};
+        char *text;
+        reading_sum reading = {0};
+        assert_int_equal(answer_ask(f->model, session, 0, f->tokens, 5, 10, enough_after, &s, &text, &reading, &error), QUARRY_OK);
+        assert_int_equal(reading.tokens, 5 + most - 1);
+        assert_int_equal(strncmp(text, whole, s.length), 0);
+        memory_free(text);
+    }
+    memory_free(whole);
+    quarry_session_close(session);
+}
+
+static void reading_is_compared_per_token(void **state)
+{
+    const fixture *f = *state;
+    const reading_sum full = {{.rows = 1000}, 10}, half = {{.index_bytes = 100, .table_bytes = 20, .tail_bytes = 4, .rows = 250}, 5};
+    eval_reading r;
+    reading_relate(&half, &full, f->model, &r);
+    assert_true(fabs(r.rows_share - 0.5) < 1e-12);
+    assert_true(fabs(r.rows_share + r.index_share + r.tables_share + r.tail_share - r.bytes_share) < 1e-12);
+    reading_relate(&full, &full, f->model, &r);
+    assert_true(r.rows_share == 1 && r.bytes_share == 1);
+}
+
 typedef struct speeds {
     int n;
     speed_result results[8];
@@ -361,6 +411,8 @@ int main(void)
         cmocka_unit_test(needles_take_every_position_in_turn),
         cmocka_unit_test(needles_need_room),
         cmocka_unit_test(lack_of_memory_is_an_error_anywhere),
+        cmocka_unit_test(an_answer_ends_where_no_more_of_it_matters),
+        cmocka_unit_test(reading_is_compared_per_token),
         cmocka_unit_test(speed_reports_every_test_of_every_policy),
         cmocka_unit_test(speed_counts_the_tokens_of_all_sequences),
         cmocka_unit_test(the_depth_is_filled_once_for_each_sequence),

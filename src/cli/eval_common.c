@@ -11,39 +11,51 @@ const cli_option eval_options_table[] = {
     {"-b, --batch-size", "N", CLI_INT, offsetof(eval_options, n_batch), "512", "tokens per forward pass while reading", 1, 65536},
     {0}};
 
+int eval_input_begin(eval_input *in, const cli_model_options *model, const eval_options *options, const cli_output_options *output,
+                     int n_texts)
+{
+    quarry_error error;
+    *in = (eval_input){0};
+    for (int i = 0; i < options->attn.n; i++)
+        if (policy_list_add(&in->policies, options->attn.items[i], &error) != QUARRY_OK) return cli_fail_error(&error);
+    if (options->attn.n == 0 && policy_list_add(&in->policies, attn_policies[0]->name, &error) != QUARRY_OK) return cli_fail_error(&error);
+    const int code = cli_model_open(&in->model, model, output);
+    if (code) return code;
+    quarry_model_get_info(in->model, &in->info);
+    in->texts = memory_zero((size_t)n_texts, sizeof *in->texts, "texts", &error);
+    if (!in->texts) return cli_fail_error(&error);
+    in->digests = memory_zero((size_t)n_texts, sizeof *in->digests, "digests", &error);
+    return in->digests ? CLI_OK : cli_fail_error(&error);
+}
+
+int eval_input_add(eval_input *in, const char *path, const char *text, size_t n_bytes)
+{
+    int32_t *tokens = NULL;
+    quarry_error error;
+    digest_bytes(text, n_bytes, in->digests[in->n_texts]);
+    const int64_t n = quarry_tokenize(in->model, text, n_bytes, false, &tokens, &error);
+    if (n < 0) return cli_fail_error(&error);
+    in->texts[in->n_texts++] = (eval_text){path, tokens, n};
+    return CLI_OK;
+}
+
 static int read_text(eval_input *in, const char *path)
 {
     char *text = NULL;
     size_t n_bytes;
-    int32_t *tokens = NULL;
-    quarry_error error;
     int code = cli_read_file(&text, &n_bytes, path);
-    if (code) return code;
-    digest_bytes(text, n_bytes, in->digests[in->n_texts]);
-    const int64_t n = quarry_tokenize(in->model, text, n_bytes, false, &tokens, &error);
+    if (!code) code = eval_input_add(in, path, text, n_bytes);
     memory_free(text);
-    if (n < 0) return cli_fail_error(&error);
-    in->texts[in->n_texts++] = (eval_text){path, tokens, n};
-    return CLI_OK;
+    return code;
 }
 
 /* Texts are the files of -f and what follows the flags, so that -f *.txt means what it looks like. */
 int eval_input_open(eval_input *in, const cli_model_options *model, const eval_options *options, const cli_output_options *output,
                     const cli_list *arguments, const cli_command *command)
 {
-    quarry_error error;
     *in = (eval_input){0};
     if (options->files.n + arguments->n == 0) return cli_fail_usage(command, "no text: name one with -f FILE");
-    for (int i = 0; i < options->attn.n; i++)
-        if (policy_list_add(&in->policies, options->attn.items[i], &error) != QUARRY_OK) return cli_fail_error(&error);
-    if (options->attn.n == 0 && policy_list_add(&in->policies, attn_policies[0]->name, &error) != QUARRY_OK) return cli_fail_error(&error);
-    int code = cli_model_open(&in->model, model, output);
-    if (code) return code;
-    quarry_model_get_info(in->model, &in->info);
-    in->texts = memory_zero((size_t)options->files.n + (size_t)arguments->n, sizeof *in->texts, "texts", &error);
-    if (!in->texts) return cli_fail_error(&error);
-    in->digests = memory_zero((size_t)options->files.n + (size_t)arguments->n, sizeof *in->digests, "digests", &error);
-    if (!in->digests) return cli_fail_error(&error);
+    int code = eval_input_begin(in, model, options, output, options->files.n + arguments->n);
     for (int i = 0; i < options->files.n && !code; i++) code = read_text(in, options->files.items[i]);
     for (int i = 0; i < arguments->n && !code; i++) code = read_text(in, arguments->items[i]);
     return code;
@@ -128,6 +140,14 @@ json_t *eval_json_summary(const metric_summary *s)
 {
     return json_pack("{s:I, s:f, s:f, s:f, s:f, s:f}", "n", (json_int_t)s->n, "mean", s->mean, "standard_error", s->standard_error,
                      "median", s->median, "p99", s->p99, "max", s->max);
+}
+
+json_t *eval_json_score(const score_result *r)
+{
+    return json_pack("{s:s, s:s, s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:o}", "attn", r->attn, "task", r->task, "length",
+                     (json_int_t)r->length, "n", (json_int_t)r->n, "score", r->score, "score_low", r->score_low, "score_high",
+                     r->score_high, "score_full", r->score_full, "loss", r->loss, "loss_low", r->loss_low, "loss_high", r->loss_high,
+                     "reading", eval_json_reading(&r->reading));
 }
 
 int eval_attn_width(const policy_list *policies)

@@ -11,7 +11,7 @@ typedef struct eval_options {
     int64_t n_batch;
 } eval_options;
 
-extern const cli_option eval_options_table[];
+extern const cli_option eval_options_table[]; /* the first is -f: commands with another kind of file begin after it */
 
 /* What a task needs: an open model, its texts as tokens, the policies. */
 typedef struct eval_input {
@@ -28,6 +28,10 @@ typedef struct eval_input {
 int eval_input_open(eval_input *in, const cli_model_options *model, const eval_options *options, const cli_output_options *output,
                     const cli_list *arguments, const cli_command *command);
 void eval_input_close(eval_input *in);
+/* Its parts, for commands with another kind of file: the model, the policies and room for n_texts, then one text after the other. Exit codes. */
+int eval_input_begin(eval_input *in, const cli_model_options *model, const eval_options *options, const cli_output_options *output,
+                     int n_texts);
+int eval_input_add(eval_input *in, const char *path, const char *text, size_t n_bytes);
 
 /* What every evaluation prints with --json, less "results" (docs/eval.md): command, program, model, isa, seed, texts, parameters. Takes over parameters. A journal's header is the same.
  * seed < 0: nothing is drawn. NULL after a message: a failure. */
@@ -43,6 +47,7 @@ int eval_journal_open(journal **out, const char *path, const json_t *envelope);
 json_t *eval_json_number(double value);
 json_t *eval_json_reading(const eval_reading *r);
 json_t *eval_json_summary(const metric_summary *s);
+json_t *eval_json_score(const score_result *r);
 
 /* Columns that the longest policy spec takes in a table. */
 int eval_attn_width(const policy_list *policies);

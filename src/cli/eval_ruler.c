@@ -34,7 +34,7 @@ static void on_answer(const char *task, int64_t length, const char *attn, double
     fprintf(stderr, "%s, %lld tokens, %s: %.2f: %s\n", task, (long long)length, attn, score, text);
 }
 
-static void ruler_print(const eval_input *in, const ruler_settings *s, const ruler_result *results, int n)
+static void ruler_print(const eval_input *in, const ruler_settings *s, const score_result *results, int n)
 {
     const int width = eval_attn_width(&in->policies);
     eval_print_model(in);
@@ -44,7 +44,7 @@ static void ruler_print(const eval_input *in, const ruler_settings *s, const rul
               (long long)s->samples, 100 * RULER_GATE);
     cli_print("%-16s  %7s  %-*s  %24s  %24s  %6s  %6s\n", "task", "length", width, "policy", "score", "loss", "rows", "bytes");
     for (int i = 0; i < n; i++) {
-        const ruler_result *r = &results[i];
+        const score_result *r = &results[i];
         char length[24] = "";
         if (r->length) snprintf(length, sizeof length, "%lld", (long long)r->length);
         cli_print("%-16s%s %7s  %-*s  %6.1f (%6.1f to %6.1f)  %6.1f (%6.1f to %6.1f)  %4.1f %%  %4.1f %%\n", r->task,
@@ -53,16 +53,13 @@ static void ruler_print(const eval_input *in, const ruler_settings *s, const rul
     }
 }
 
-static int ruler_print_json(json_t *envelope, const ruler_result *results, int n)
+static int ruler_print_json(json_t *envelope, const score_result *results, int n)
 {
     json_t *list = json_array();
     for (int i = 0; i < n; i++) {
-        const ruler_result *r = &results[i];
-        json_array_append_new(list, json_pack("{s:s, s:s, s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:b, s:o}", "attn", r->attn, "task",
-                                              r->task, "length", (json_int_t)r->length, "n", (json_int_t)r->n, "score", r->score,
-                                              "score_low", r->score_low, "score_high", r->score_high, "score_full", r->score_full, "loss",
-                                              r->loss, "loss_low", r->loss_low, "loss_high", r->loss_high, "counted", r->counted, "reading",
-                                              eval_json_reading(&r->reading)));
+        json_t *item = eval_json_score(&results[i]);
+        json_object_set_new(item, "counted", json_boolean(results[i].counted));
+        json_array_append_new(list, item);
     }
     json_object_set_new(envelope, "results", list);
     return json_print(json_incref(envelope));
@@ -114,7 +111,7 @@ static int measure_print(const eval_input *in, const ruler_settings *s, const ru
     quarry_error error;
     int code = CLI_OK;
     const int n = ruler_n_results(params);
-    ruler_result *results = memory_zero((size_t)n, sizeof *results, "results", &error);
+    score_result *results = memory_zero((size_t)n, sizeof *results, "results", &error);
     if (!results) return cli_fail_error(&error);
     const quarry_watch watch = cli_progress_start(&progress, "measuring", s->output.quiet);
     cli_work_begin();

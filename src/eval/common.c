@@ -65,10 +65,12 @@ void reading_add(reading_sum *sum, const quarry_session *session, int64_t n_toke
 void reading_relate(const reading_sum *sum, const reading_sum *full, const quarry_model *model, eval_reading *out)
 {
     const int64_t row = (int64_t)kv_row_bytes(KV_F16, model_shape_of(model)->head_dim);
-    const double bytes = (double)attn_cost_bytes(&sum->cost, row), full_bytes = (double)attn_cost_bytes(&full->cost, row);
+    const double bytes = (double)attn_cost_bytes(&sum->cost, row);
     *out = (eval_reading){0};
-    if (full->cost.rows == 0 || sum->tokens == 0) return;
-    out->rows_share = (double)sum->cost.rows / (double)full->cost.rows;
+    if (full->cost.rows == 0 || sum->tokens == 0 || full->tokens == 0) return;
+    const double as_long = (double)sum->tokens / (double)full->tokens; /* what full would have read over as many tokens */
+    const double full_rows = (double)full->cost.rows * as_long, full_bytes = (double)attn_cost_bytes(&full->cost, row) * as_long;
+    out->rows_share = (double)sum->cost.rows / full_rows;
     out->index_share = (double)sum->cost.index_bytes / full_bytes;
     out->tables_share = (double)sum->cost.table_bytes / full_bytes;
     out->tail_share = (double)sum->cost.tail_bytes / full_bytes;

@@ -59,6 +59,32 @@ typedef struct reading_sum {
 } reading_sum;
 /* Adds what a fork read for the n_tokens it was fed. */
 void reading_add(reading_sum *sum, const quarry_session *session, int64_t n_tokens);
+/* Per token: the two may have answered at different length. */
 void reading_relate(const reading_sum *sum, const reading_sum *full, const quarry_model *model, eval_reading *out);
+
+/* ---- score.c: answers that are texts, and what their scores add up to ---- */
+
+/* True if what the text says is enough: more of it would not change its score. */
+typedef bool (*answer_enough_fn)(const void *data, const char *text);
+/* Asks a fork of a session under one of its policies: question[n_question], then greedy until the model ends its answer, n_predict tokens are there, or enough (NULL: never) says so.
+ * *text, what a user would see of it, is the caller's (memory_free). */
+quarry_code answer_ask(const quarry_model *model, const quarry_session *read, int policy, const int32_t *question, int64_t n_question,
+                       int n_predict, answer_enough_fn enough, const void *data, char **text, reading_sum *reading, quarry_error *error);
+
+/* For the journal; NULL out of memory. */
+json_t *score_record(double score, const reading_sum *reading);
+
+/* Sums over the samples of one policy. */
+typedef struct score_cell {
+    series scores, losses;
+    double kept; /* sum of the lesser of full's score and its own */
+    reading_sum reading;
+} score_cell;
+/* records: one of score_record for each policy, "full" first. Returns QUARRY_ERROR_FORMAT, naming key and command, if they are not. */
+quarry_code score_cells_add(score_cell *cells, int n_policies, const json_t *records, const char *key, const char *command,
+                            quarry_error *error);
+/* Fills what follows from the cells in results[n_policies]. */
+void score_cells_finish(score_cell *cells, int n_policies, const quarry_model *model, score_result *results);
+void score_cells_free(score_cell *cells, int n); /* the cells themselves too; NULL allowed */
 
 #endif

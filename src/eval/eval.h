@@ -77,6 +77,17 @@ typedef struct eval_reading {
     double bytes_per_token;
 } eval_reading;
 
+/* Answers scored from 0 to 1, of one policy (ruler, doc). */
+typedef struct score_result {
+    const char *attn, *task;             /* task "all": ruler's counted ones, or all questions of doc */
+    int64_t length, n;                   /* tokens (ruler: 0 for "all"; doc: mean of what is read); samples */
+    double score, score_low, score_high; /* 0 to 1, with its 95 % interval (Wilson's, as of a share) */
+    double score_full;
+    double loss, loss_low, loss_high; /* mean of full's score less the policy's of the same sample, with its 95 % interval */
+    bool counted;                     /* ruler: full attention is clearly above chance */
+    eval_reading reading;
+} score_result;
+
 /* ---- kld.c: distance of next-token distributions from those of full attention, teacher-forced ---- */
 
 typedef enum kld_task {
@@ -243,17 +254,7 @@ typedef struct ruler_params {
     journal *journal; /* of finished samples; may be NULL */
 } ruler_params;
 
-typedef struct ruler_result {
-    const char *attn, *task;             /* task "all": over the counted ones */
-    int64_t length, n;                   /* tokens, 0 for "all"; samples */
-    double score, score_low, score_high; /* 0 to 1, with its 95 % interval (Wilson's, as of a share) */
-    double score_full;
-    double loss, loss_low, loss_high; /* mean of full's score less the policy's of the same sample, with its 95 % interval */
-    bool counted;                     /* full attention is clearly above chance: the lower end of its interval is above RULER_GATE */
-    eval_reading reading;
-} ruler_result;
-
-#define RULER_GATE 0.2
+#define RULER_GATE 0.2 /* a task and length counts where the lower end of full attention's interval is above it */
 
 /* Names of the tasks, for options; returns the task or -1. */
 int ruler_task_find(const char *name, size_t n);
@@ -263,7 +264,7 @@ int ruler_n_results(const ruler_params *params);
 /* on_answer, if not NULL, sees every answer. Errors as needle_measure. */
 typedef void (*ruler_answer_fn)(const char *task, int64_t length, const char *attn, double score, const char *answer, void *data);
 quarry_code ruler_measure(quarry_model *model, const ruler_params *params, const quarry_watch *watch, ruler_answer_fn on_answer, void *data,
-                          ruler_result *results, quarry_error *error);
+                          score_result *results, quarry_error *error);
 
 /* ---- report.c: a page of what evaluations printed with --json (docs/eval.md) ---- */
 

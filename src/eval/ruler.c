@@ -9,19 +9,13 @@ typedef struct ruler_prompt {
     token_list context, question;
 } ruler_prompt;
 
-/* Of one task, length and policy. */
-typedef struct ruler_cell {
-    series scores, losses;
-    reading_sum reading;
-} ruler_cell;
-
 typedef struct ruler_run {
     quarry_model *model;
     const ruler_params *params;
     const char **specs; /* [n_policies], "full" first */
     int n_policies;
     ruler_source source;
-    ruler_cell *cells; /* [tasks asked for][n_lengths][n_policies] */
+    score_cell *cells; /* [tasks asked for][n_lengths][n_policies] */
     eval_watch watch;
     ruler_answer_fn on_answer;
     void *data;
@@ -101,64 +95,23 @@ static quarry_code sample_fit(const ruler_run *r, int task, int64_t length, uint
 
 /* ---- asking ---- */
 
-/* Greedy, until the model ends its answer; text[capacity] receives what a user would see. */
-static quarry_code answer(const ruler_run *r, quarry_session *session, int n_predict, char *text, size_t capacity, int64_t *n_fed,
-                          quarry_error *error)
+/* A score never falls as the answer goes on. */
+static bool all_found(const void *data, const char *text)
 {
-    const tokenizer *t = model_tokenizer(r->model);
-    detokenizer d;
-    size_t n = 0;
-    detokenizer_start(&d);
-    for (int i = 0; i < n_predict; i++) {
-        const int32_t token = metric_argmax(quarry_session_logits(session), model_shape_of(r->model)->n_vocab);
-        if (quarry_token_ends(r->model, token)) break;
-        n += detokenizer_push(&d, t, token, text + n, capacity - n - 8);
-        if (i + 1 == n_predict) break;
-        const quarry_code code = (quarry_code)quarry_session_feed(session, &token, 1, NULL, error);
-        if (code != QUARRY_OK) return code;
-        ++*n_fed;
-    }
-    n += detokenizer_finish(&d, text + n, capacity - n - 1);
-    text[n] = '\0';
-    return QUARRY_OK;
+    return ruler_score(data, text) >= 1;
 }
 
 static quarry_code ask(const ruler_run *r, const quarry_session *read, int policy, int task, const ruler_sample *sample,
                        const ruler_prompt *prompt, double *score, reading_sum *reading, int64_t length, quarry_error *error)
 {
-    enum { BYTES_PER_TOKEN = 64 };
-    const size_t capacity = (size_t)ruler_tasks[task].n_predict * BYTES_PER_TOKEN + 64;
-    char *text = memory_alloc(capacity, 1, "answer", error);
-    quarry_session *session = text ? session_fork_policy(read, policy, error) : NULL;
-    quarry_code code = session ? QUARRY_OK : QUARRY_ERROR_MEMORY;
-    int64_t n_fed = prompt->question.n;
-    if (code == QUARRY_OK) code = (quarry_code)quarry_session_feed(session, prompt->question.ids, prompt->question.n, NULL, error);
-    if (code == QUARRY_OK) code = answer(r, session, ruler_tasks[task].n_predict, text, capacity, &n_fed, error);
-    if (code == QUARRY_OK) {
-        *score = ruler_score(sample, text);
-        reading_add(reading, session, n_fed);
-        if (r->on_answer) r->on_answer(ruler_tasks[task].name, length, r->specs[policy], *score, text, r->data);
-    }
-    quarry_session_close(session);
+    char *text;
+    const quarry_code code = answer_ask(r->model, read, policy, prompt->question.ids, prompt->question.n, ruler_tasks[task].n_predict,
+                                        all_found, sample, &text, reading, error);
+    if (code != QUARRY_OK) return code;
+    *score = ruler_score(sample, text);
+    if (r->on_answer) r->on_answer(ruler_tasks[task].name, length, r->specs[policy], *score, text, r->data);
     memory_free(text);
-    return code;
-}
-
-static json_t *record_json(double score, const reading_sum *reading)
-{
-    return json_pack("{s:f, s:I, s:I, s:I, s:I, s:I}", "score", score, "index", (json_int_t)reading->cost.index_bytes, "tables",
-                     (json_int_t)reading->cost.table_bytes, "tail", (json_int_t)reading->cost.tail_bytes, "rows",
-                     (json_int_t)reading->cost.rows, "tokens", (json_int_t)reading->tokens);
-}
-
-static bool record_parse(const json_t *record, double *score, reading_sum *reading)
-{
-    json_int_t index, tables, tail, rows, tokens;
-    if (json_unpack((json_t *)record, "{s:F, s:I, s:I, s:I, s:I, s:I}", "score", score, "index", &index, "tables", &tables, "tail", &tail,
-                    "rows", &rows, "tokens", &tokens))
-        return false;
-    *reading = (reading_sum){{.index_bytes = index, .table_bytes = tables, .tail_bytes = tail, .rows = rows}, tokens};
-    return true;
+    return QUARRY_OK;
 }
 
 /* A record per policy of one sample, in *records. */
@@ -177,7 +130,7 @@ static quarry_code sample_measure(ruler_run *r, int task, int64_t length, uint64
         reading_sum reading = {0};
         if ((code = eval_watch_ask(&r->watch, error)) != QUARRY_OK) break;
         code = ask(r, session, policy, task, &sample, &prompt, &score, &reading, length, error);
-        if (code == QUARRY_OK && json_array_append_new(records, record_json(score, &reading)))
+        if (code == QUARRY_OK && json_array_append_new(records, score_record(score, &reading)))
             code = error_memory(error, "journal record", 0);
     }
     quarry_session_close(session);
@@ -186,30 +139,12 @@ static quarry_code sample_measure(ruler_run *r, int task, int64_t length, uint64
     return code;
 }
 
-static quarry_code cell_add(ruler_cell *cells, const json_t *records, int n_policies, const char *key, quarry_error *error)
-{
-    double of_full = 0;
-    for (int policy = 0; policy < n_policies; policy++) {
-        double score;
-        reading_sum reading;
-        if (!record_parse(json_array_get(records, (size_t)policy), &score, &reading))
-            return error_set(error, QUARRY_ERROR_FORMAT, "the journal's record '%s' is not one of eval ruler; remove the journal", key);
-        if (policy == 0) of_full = score;
-        quarry_code code = series_push(&cells[policy].scores, score, error);
-        if (code == QUARRY_OK) code = series_push(&cells[policy].losses, of_full - score, error);
-        if (code != QUARRY_OK) return code;
-        attn_cost_add(&cells[policy].reading.cost, &reading.cost);
-        cells[policy].reading.tokens += reading.tokens;
-    }
-    return QUARRY_OK;
-}
-
 static void sample_key(char *out, size_t capacity, int task, int64_t length, int i)
 {
     snprintf(out, capacity, "%s %lld %d", ruler_tasks[task].name, (long long)length, i);
 }
 
-static quarry_code sample_run(ruler_run *r, int task, int64_t length, int i, ruler_cell *cells, quarry_error *error)
+static quarry_code sample_run(ruler_run *r, int task, int64_t length, int i, score_cell *cells, quarry_error *error)
 {
     char key[64];
     sample_key(key, sizeof key, task, length, i);
@@ -219,47 +154,37 @@ static quarry_code sample_run(ruler_run *r, int task, int64_t length, int i, rul
     const uint64_t seed = ((r->params->seed * 31 + (uint64_t)task) * 1000003 + (uint64_t)length) * 1000003 + (uint64_t)i;
     if (code == QUARRY_OK && !kept) code = sample_measure(r, task, length, seed, records, error);
     if (code == QUARRY_OK && !kept) code = journal_add(r->params->journal, key, json_pack("{s:O}", "policies", records), error);
-    if (code == QUARRY_OK) code = cell_add(cells, records, r->n_policies, key, error);
+    if (code == QUARRY_OK) code = score_cells_add(cells, r->n_policies, records, key, "eval ruler", error);
     json_decref(records);
     return code;
 }
 
 /* ---- results ---- */
 
-static void results_fill(ruler_run *r, ruler_result *results)
+static void results_fill(ruler_run *r, score_result *results)
 {
     const ruler_params *p = r->params;
     int n = 0, n_cells = 0;
-    ruler_result *all = results + tasks_of(p) * p->n_lengths * r->n_policies;
+    score_result *all = results + tasks_of(p) * p->n_lengths * r->n_policies;
     for (int task = 0; task < RULER_TASKS; task++)
-        for (int l = 0; l < p->n_lengths && p->tasks[task]; l++)
+        for (int l = 0; l < p->n_lengths && p->tasks[task]; l++) {
+            score_result *out = &results[n];
+            score_cells_finish(&r->cells[n], r->n_policies, r->model, out);
             for (int policy = 0; policy < r->n_policies; policy++, n++) {
-                ruler_cell *cell = &r->cells[n], *full = &r->cells[n - policy];
-                ruler_result *out = &results[n];
-                metric_summary score, loss;
-                series_summarise(&cell->scores, &score);
-                series_summarise(&cell->losses, &loss);
-                *out = (ruler_result){.attn = r->specs[policy],
-                                      .task = ruler_tasks[task].name,
-                                      .length = p->lengths[l],
-                                      .n = score.n,
-                                      .score = score.mean,
-                                      .score_full = results[n - policy].score,
-                                      .loss = loss.mean};
-                if (policy == 0) out->score_full = score.mean;
-                metric_wilson(llround(score.mean * (double)score.n), score.n, 1.96, &out->score_low, &out->score_high);
-                metric_loss_interval(loss.n, loss.mean, loss.sd, &out->loss_low, &out->loss_high);
-                out->counted = policy == 0 ? out->score_low > RULER_GATE : results[n - policy].counted;
-                reading_relate(&cell->reading, &full->reading, r->model, &out->reading);
+                out[policy].attn = r->specs[policy];
+                out[policy].task = ruler_tasks[task].name;
+                out[policy].length = p->lengths[l];
+                out[policy].counted = out[0].score_low > RULER_GATE;
             }
+        }
     for (int i = 0; i < n; i += r->n_policies) n_cells += results[i].counted;
     for (int policy = 0; policy < r->n_policies; policy++) { /* cells weigh the same */
-        ruler_result *out = &all[policy];
+        score_result *out = &all[policy];
         double variance[2] = {0, 0};
-        *out = (ruler_result){.attn = r->specs[policy], .task = "all", .counted = n_cells > 0};
+        *out = (score_result){.attn = r->specs[policy], .task = "all", .counted = n_cells > 0};
         reading_sum sum = {0}, sum_full = {0};
         for (int i = policy; i < n; i += r->n_policies) {
-            const ruler_result *cell = &results[i];
+            const score_result *cell = &results[i];
             if (!cell->counted) continue;
             out->n += cell->n;
             out->score += cell->score / n_cells;
@@ -270,6 +195,7 @@ static void results_fill(ruler_run *r, ruler_result *results)
             attn_cost_add(&sum.cost, &r->cells[i].reading.cost);
             attn_cost_add(&sum_full.cost, &r->cells[i - policy].reading.cost);
             sum.tokens += r->cells[i].reading.tokens;
+            sum_full.tokens += r->cells[i - policy].reading.tokens;
         }
         out->score_low = out->score - sqrt(variance[0]);
         out->score_high = out->score + sqrt(variance[0]);
@@ -280,7 +206,7 @@ static void results_fill(ruler_run *r, ruler_result *results)
 }
 
 quarry_code ruler_measure(quarry_model *model, const ruler_params *params, const quarry_watch *watch, ruler_answer_fn on_answer, void *data,
-                          ruler_result *results, quarry_error *error)
+                          score_result *results, quarry_error *error)
 {
     ruler_run r = {
         .model = model, .params = params, .n_policies = params->n_attn + 1, .watch = {watch, 0, 0}, .on_answer = on_answer, .data = data};
@@ -306,11 +232,7 @@ quarry_code ruler_measure(quarry_model *model, const ruler_params *params, const
             for (int i = 0; i < params->samples && code == QUARRY_OK; i++)
                 code = sample_run(&r, task, params->lengths[l], i, &r.cells[n], error);
     if (code == QUARRY_OK) results_fill(&r, results);
-    for (int i = 0; r.cells && i < n_cells; i++) {
-        series_free(&r.cells[i].scores);
-        series_free(&r.cells[i].losses);
-    }
-    memory_free(r.cells);
+    score_cells_free(r.cells, n_cells);
     memory_free(r.specs);
     ruler_source_free(&r.source);
     return code;
