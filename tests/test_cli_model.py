@@ -342,6 +342,37 @@ class CliModel(unittest.TestCase):
         self.assertEqual(wrong.returncode, 1)
         self.assertIn("--positions", wrong.stderr)
 
+    def test_questions_about_documents_go_on_from_a_journal_and_make_a_report(self):
+        def path(name):
+            return os.path.join(self.folder.name, name)
+
+        questions = [{"document": os.path.basename(self.document), "question": "Who?", "answers": ["keeper", "fisherman"]},
+                     {"text": filler(20), "question": "Who?", "answer": "nobody"}]
+        pathlib.Path(path("questions.jsonl")).write_text("\n".join(map(json.dumps, questions)))
+        doc = ["eval", "doc", "-q", "--attn", "window", "-n", "8", "-f", path("questions.jsonl"), "--journal", path("doc.journal")]
+        result = quarry(*doc, "--json")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        page = json.loads(result.stdout)
+        self.assertEqual((page["command"], page["seed"]), ("eval doc", None))
+        self.assertEqual([t["name"] for t in page["texts"]], ["questions.jsonl", os.path.basename(self.document)])
+        self.assertEqual([(r["attn"], r["task"], r["n"]) for r in page["results"]], [("full", "all", 2), ("window", "all", 2)])
+        for r in page["results"]:
+            self.assertEqual(r["score"], r["correct"] / 2)
+            self.assertAlmostEqual(r["loss"], (r["full_correct"] - r["correct"]) / 2)
+            self.assertLessEqual(r["score_low"], r["score"])
+        self.assertEqual(len(pathlib.Path(path("doc.journal")).read_text().splitlines()), 3)
+        self.assertEqual(quarry(*doc, "--json", "-v").stdout, result.stdout)  # nothing is measured again
+        self.assertIn("2 questions about 2 documents", quarry(*doc).stdout)
+        pathlib.Path(path("doc.json")).write_text(result.stdout)
+        self.assertEqual(quarry("eval", "report", path("doc.json"), "-o", path("doc.html")).returncode, 0)
+        self.assertIn("Questions about documents", pathlib.Path(path("doc.html")).read_text())
+        other = quarry(*doc[:-1], path("doc.journal"), "-n", "9")
+        self.assertEqual(other.returncode, 1)
+        self.assertIn("doc.journal: is the journal of another measurement", other.stderr)
+        pathlib.Path(path("questions.jsonl")).write_text(json.dumps(questions[0]) + '\n{"question": "Who?"}')
+        self.assertRegex(quarry(*doc).stderr, r"^quarry: .*questions\.jsonl: line 2: has neither .*\n$")
+        self.assertEqual(quarry(*doc[:-4]).returncode, 2)
+
 
 @unittest.skipUnless(REAL_MODEL, "QUARRY_TEST_MODEL is not set")
 class CliRealModel(unittest.TestCase):

@@ -266,6 +266,66 @@ typedef void (*ruler_answer_fn)(const char *task, int64_t length, const char *at
 quarry_code ruler_measure(quarry_model *model, const ruler_params *params, const quarry_watch *watch, ruler_answer_fn on_answer, void *data,
                           score_result *results, quarry_error *error);
 
+/* ---- doc.c: questions about documents of one's own ---- */
+
+typedef struct doc_document {
+    char *path; /* NULL: inline */
+    char *text; /* [n_bytes]; NULL until loaded */
+    size_t n_bytes;
+    int64_t line; /* of the file that first names it, from 1 */
+} doc_document;
+
+typedef struct doc_question {
+    int64_t line; /* of the file, from 1 */
+    int document;
+    char *question;
+    char **answers; /* [n_answers] accepted, normalised (doc_normalise) */
+    int n_answers;
+} doc_question;
+
+/* A file of questions. Owns everything in it. */
+typedef struct doc_set {
+    char *path;
+    doc_document *documents; /* [n_documents], each once */
+    int n_documents;
+    doc_question *questions; /* [n_questions] */
+    int n_questions;
+} doc_set;
+
+/* JSON Lines (docs/eval.md); path is for messages and the folder that documents are relative to. Errors FORMAT (path, line and what is wrong), MEMORY; doc_set_free also after them. */
+quarry_code doc_parse(doc_set *set, const char *path, const char *text, size_t n_bytes, quarry_error *error);
+/* Reads the documents that are files. Errors: IO, FORMAT (empty). */
+quarry_code doc_load(doc_set *set, quarry_error *error);
+void doc_set_free(doc_set *set);
+
+/* text as a new string (memory_free) that begins and ends with a space, as does every word in it: lower case, without punctuation and articles, white space one space, as SQuAD
+ * normalises (Rajpurkar et al., arXiv 1606.05250; its evaluate-v2.0.py); a character of Chinese or Japanese is a word. " " if no word is left. */
+char *doc_normalise(const char *text, quarry_error *error);
+/* *right: an accepted answer is among the words of text. */
+quarry_code doc_answered(const doc_question *q, const char *text, bool *right, quarry_error *error);
+
+typedef struct doc_params {
+    const char *const *attn; /* [n_attn] policies to compare with "full" */
+    int n_attn;
+    const doc_set *set; /* loaded */
+    int n_answer;       /* most tokens of an answer */
+    int n_batch;
+    journal *journal; /* of answered questions; may be NULL */
+} doc_params;
+
+typedef struct doc_result {
+    score_result score; /* of one question 0 or 1 */
+    int64_t correct, full_correct;
+    int64_t kept;               /* answered by this policy and by full */
+    double kept_low, kept_high; /* 95 % interval of kept / full_correct */
+} doc_result;
+
+/* results[1 + n_attn]: "full" first. on_answer, if not NULL, sees every answer that was not in the journal. Errors: CONTEXT (names the line), UNSUPPORTED (no known chat template), those of
+ * policies, FORMAT (the journal), CANCELLED. */
+typedef void (*doc_answer_fn)(const doc_question *question, const char *attn, bool correct, const char *answer, void *data);
+quarry_code doc_measure(quarry_model *model, const doc_params *params, const quarry_watch *watch, doc_answer_fn on_answer, void *data,
+                        doc_result *results, quarry_error *error);
+
 /* ---- report.c: a page of what evaluations printed with --json (docs/eval.md) ---- */
 
 /* Reads paths[n] and writes out, whole or not at all. Errors IO, FORMAT (names the file and what is wrong with it), MEMORY. */
