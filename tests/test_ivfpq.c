@@ -679,6 +679,42 @@ static void threshold_reads_the_heavy_tokens_up_to_a_share(void **state)
     close_world(&w);
 }
 
+/* Near rows and selection hold about the wanted share of the head's exact weights, on average over queries: codes err. */
+static void a_budget_by_mass_reads_about_so_much(void **state)
+{
+    (void)state;
+    enum { ROUNDS = 16 };
+    const char *const specs[] = {"segment=512,budget=0,min=1,max=1,mass=0.6", "segment=512,budget=0,min=1,max=1,mass=0.9"};
+    int64_t before = 0;
+    for (int i = 0; i < 2; i++) {
+        const double wanted = i == 0 ? 0.6 : 0.9;
+        world w = open_world(1500, 64, 1, KV_F16, specs[i], 105);
+        read_all(&w, true);
+        double share = 0;
+        int64_t n_read = 0;
+        for (int round = 0; round < ROUNDS; round++) {
+            float q[64];
+            double held = 0, all = 0;
+            query(&w, q);
+            outcome o = step(&w, w.p, w.kv, 0, 0, q);
+            for (int64_t pos = 0; pos < w.n; pos++) {
+                const double mass = exp(score(&w, q, pos, 0, 0, 0));
+                all += mass;
+                held += o.read[pos] ? mass : 0;
+            }
+            assert_true(held > (wanted - 0.15) * all);
+            share += held / all / ROUNDS;
+            n_read += o.sel.n;
+            outcome_free(&o);
+        }
+        print_message("%g of the mass for %g\n", share, wanted);
+        assert_true(share > wanted - 0.03 && share < wanted + 0.08); /* the last token, which may be heavy, goes beyond */
+        assert_true(n_read > before && n_read < ROUNDS * (w.p->n_far - ATTN_SINKS) * 3 / 4);
+        before = n_read;
+        close_world(&w);
+    }
+}
+
 /* Scores of all magnitudes leave numbers finite and the selection full. */
 static void extreme_queries_stay_finite(void **state)
 {
@@ -847,6 +883,7 @@ int main(void)
         cmocka_unit_test(truncation_leaves_only_live_tokens),
         cmocka_unit_test(a_seal_recodes_what_a_cut_reopened),
         cmocka_unit_test(threshold_reads_the_heavy_tokens_up_to_a_share),
+        cmocka_unit_test(a_budget_by_mass_reads_about_so_much),
         cmocka_unit_test(extreme_queries_stay_finite),
         cmocka_unit_test(without_a_tail_the_rest_is_dropped),
         cmocka_unit_test(what_was_read_is_counted),

@@ -60,10 +60,19 @@ static attn_policy *ivfpq_create(const attn_shape *shape, const math_kernels *ke
                        .segment = 4096,
                        .tail = 1};
     const attn_option table[] = {
-        {"budget", &o.budget, 0, 1},   {"min", &o.min, 1, 1e9},        {"threshold", &o.threshold, 0, 1},
-        {"max", &o.max, 0, 1},         {"refine", &o.refine, 0, 1},    {"outliers", &o.outliers, 0, 1},
-        {"margin", &o.margin, 0, 100}, {"size", &o.size, 1, 1024},     {"values", &o.values, 0, 1},
-        {"alpha", &o.alpha, 0, 2},     {"shrink", &o.shrink, 1e-6, 1}, {"segment", &o.segment, 128, IVFPQ_LARGEST},
+        {"budget", &o.budget, 0, 1},
+        {"min", &o.min, 1, 1e9},
+        {"threshold", &o.threshold, 0, 1},
+        {"mass", &o.mass, 0, 1},
+        {"max", &o.max, 0, 1},
+        {"refine", &o.refine, 0, 1},
+        {"outliers", &o.outliers, 0, 1},
+        {"margin", &o.margin, 0, 100},
+        {"size", &o.size, 1, 1024},
+        {"values", &o.values, 0, 1},
+        {"alpha", &o.alpha, 0, 2},
+        {"shrink", &o.shrink, 1e-6, 1},
+        {"segment", &o.segment, 128, IVFPQ_LARGEST},
         {"tail", &o.tail, 0, 1},
     };
     if (attn_options_parse("ivfpq", spec, table, (int)(sizeof table / sizeof *table), error) != QUARRY_OK) return NULL;
@@ -174,8 +183,9 @@ const attn_policy_type attn_ivfpq = {
     .summary = "reads the tokens that product codes of the keys find, estimates the rest from clusters",
     .options = "budget=0.005      share of the far tokens that is read\n"
                "min=16            but at least so many\n"
-               "threshold=0.001   and all of at least this estimated attention weight (0: off)\n"
-               "max=0.08          as far as they are not more than this share\n"
+               "threshold=0.001   and all of at least this estimated attention weight; beyond 16384 tokens it falls as 1 / sqrt (0: off)\n"
+               "mass=0            instead of a threshold: as many as this share of each head's estimated mass needs (0: off)\n"
+               "max=0.08          with either, not more than this share\n"
                "refine=0.3        largest share of the far tokens whose weights are estimated again, from 4-bit keys (0: off)\n"
                "margin=2          they are those within this distance, in nats, of the threshold\n"
                "outliers=0.02     share of the far tokens that always are: those whose codes are farthest from their keys\n"

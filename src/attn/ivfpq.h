@@ -31,10 +31,11 @@ enum {
     IVFPQ_LATER_SEAL = 4,   /* part of a full segment */
     IVFPQ_GROWTH = 2,       /* the largest full segments are so many times the smallest */
     IVFPQ_LARGEST = 65536,  /* tokens of a segment: clusters have 16-bit numbers */
+    IVFPQ_FLAT = 16384,     /* far tokens up to which the threshold is what the option says */
 };
 
 typedef struct ivfpq_options {
-    double budget, min, threshold, max, refine, margin, outliers, size, values, alpha, shrink, segment, tail;
+    double budget, min, threshold, mass, max, refine, margin, outliers, size, values, alpha, shrink, segment, tail;
 } ivfpq_options;
 
 /* Where the fields of a part lie, in bytes from its start. */

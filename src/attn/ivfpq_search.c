@@ -167,16 +167,39 @@ static void scan_views(search *s, const tables *t)
     }
 }
 
+/* The score above which a head's tokens hold `mass` of exp(step * (score - top)) in scores[n]; top + 1 if nothing is wanted. */
+static bool score_of_mass(const uint16_t *scores, int64_t n, float step, int top, float mass, arena *scratch, int *score,
+                          quarry_error *error)
+{
+    uint32_t *count = arena_alloc(scratch, (size_t)top + 1, sizeof *count, error);
+    if (!count) return false;
+    memset(count, 0, ((size_t)top + 1) * sizeof *count);
+    for (int64_t t = 0; t < n; t++) count[scores[t]]++;
+    float sum = 0;
+    for (*score = top + 1; *score > 1 && sum < mass; sum += (float)count[*score] * expf(step * (float)(*score - top))) --*score;
+    return true;
+}
+
 /* One key per token: the largest estimated weight over the heads, each normalised by what its near rows and its far tokens add up to. Of
  * the far ones the codes tell: by the means of clusters alone a head's few sharp tokens would be overlooked, and the head be taken for a
- * flat one whose weights are all large. */
-static void merge_heads(search *s, const attention_state *near)
+ * flat one whose weights are all large. With a budget by mass a weight is told in terms of that of the head's last token to be read. */
+static bool merge_heads(search *s, const attention_state *near, arena *scratch, quarry_error *error)
 {
     float least = INFINITY, most = -INFINITY, base[ATTN_MAX_GROUP];
+    const float share = (float)s->p->options.mass;
     for (int h = 0; h < s->g; h++) {
-        float sum = s->kernels->exp_sum(s->scores + h * s->n_keys, s->n_keys, s->step, &s->top[h]);
+        const uint16_t *scores = s->scores + h * s->n_keys;
+        float sum = s->kernels->exp_sum(scores, s->n_keys, s->step, &s->top[h]);
         float far_max = s->base[h] + s->step * (float)s->top[h], max = fmaxf(near->m[h], far_max);
-        base[h] = s->base[h] - max - logf(near->l[h] * expf(near->m[h] - max) + sum * expf(far_max - max));
+        float of_near = near->l[h] * expf(near->m[h] - max), of_far = sum * expf(far_max - max);
+        if (share > 0) {
+            int score;
+            float wanted = (share * (of_near + of_far) - of_near) * expf(max - far_max);
+            if (!score_of_mass(scores, s->n_keys, s->step, s->top[h], wanted, scratch, &score, error)) return false;
+            base[h] = -s->step * (float)score;
+        } else {
+            base[h] = s->base[h] - max - logf(of_near + of_far);
+        }
         least = fminf(least, base[h]);
         most = fmaxf(most, base[h] + s->step * (float)s->top[h]);
     }
@@ -192,6 +215,7 @@ static void merge_heads(search *s, const attention_state *near)
         if (s->p->options.refine > 0 && v - s->views < s->p->n_sealed && v->n_coded)
             for (int64_t i = 0; i < ivfpq_outliers(s->p, v->n); i++) s->keys[v->key + v->part.outliers[i]] = FORCED - 1;
     }
+    return true;
 }
 
 static bool score_tokens(search *s, const attention_state *near, arena *scratch, attn_cost *cost, quarry_error *error)
@@ -200,8 +224,7 @@ static bool score_tokens(search *s, const attention_state *near, arena *scratch,
     if (!tables_make(s, &t, scratch, error)) return false;
     s->step = tables_fill(s, &t, cost);
     scan_views(s, &t);
-    merge_heads(s, near);
-    return true;
+    return merge_heads(s, near, scratch, error);
 }
 
 /* How many tokens to read: those without a code, and of the others a share, at least a floor. */
@@ -219,18 +242,33 @@ static int key_of(const search *s, float log_weight)
     return key < FORCED ? (int)fmaxf(key, 1) : FORCED;
 }
 
+/* Whether weights are chosen by what they are, not by how many are to be read. */
+static bool by_weight(const ivfpq_options *o)
+{
+    return o->threshold > 0 || o->mass > 0;
+}
+
+/* The key of what weighs so much that it is to be read, and of what lies `below` nats below it. The threshold falls with the square root of what is beyond
+ * IVFPQ_FLAT tokens: of a longer text more is unread, so that less of it may be estimated, but not so much less that rows grow with the text. */
+static int heavy_key(const search *s, double below)
+{
+    const ivfpq_options *o = &s->p->options;
+    float longer = fmaxf(1, (float)s->n_tokens / IVFPQ_FLAT);
+    return key_of(s, (o->mass > 0 ? 0 : logf((float)o->threshold) - 0.5f * logf(longer)) - (float)below);
+}
+
 static int64_t share_of(const search *s, double share)
 {
     return s->n_forced + (int64_t)ceil(share * (double)(s->n_tokens - s->n_forced));
 }
 
-/* What is read of keys[n]: with a threshold on the estimated weight also those above it, up to a share. */
+/* What is read of keys[n]: a share, and, chosen by weight, what is heavy, up to another share. */
 static cut cut_to_read(const search *s, const uint16_t *keys, int64_t n)
 {
     const ivfpq_options *o = &s->p->options;
     int64_t least = least_wanted(s), most = share_of(s, o->max);
-    if (o->threshold == 0 || most <= least) return cut_find(s->kernels, keys, n, least, 0, n, CUT_BEYOND, 0);
-    return cut_between(s->kernels, keys, n, least, most, key_of(s, logf((float)o->threshold)));
+    if (!by_weight(o) || most <= least) return cut_find(s->kernels, keys, n, least, 0, n, CUT_BEYOND, 0);
+    return cut_between(s->kernels, keys, n, least, most, heavy_key(s, 0));
 }
 
 /* What is estimated again. */
@@ -240,8 +278,8 @@ static cut cut_to_refine(const search *s)
     const ivfpq_options *o = &s->p->options;
     int64_t least = ivfpq_min64(s->n_tokens, 2 * least_wanted(s) + SPARE), most = share_of(s, o->refine);
     if (most < least) most = least;
-    if (o->threshold == 0) return cut_find(s->kernels, s->keys, s->n_keys, most, 0, s->n_keys, CUT_BEYOND, 0);
-    return cut_between(s->kernels, s->keys, s->n_keys, least, most, key_of(s, logf((float)o->threshold) - (float)o->margin));
+    if (!by_weight(o)) return cut_find(s->kernels, s->keys, s->n_keys, most, 0, s->n_keys, CUT_BEYOND, 0);
+    return cut_between(s->kernels, s->keys, s->n_keys, least, most, heavy_key(s, o->margin));
 }
 
 static bool candidates_make(candidates *c, int64_t n, arena *scratch, quarry_error *error)
