@@ -24,12 +24,12 @@ static void make_file(const char *path, codebook_header *h, long flip, long cut)
     random_seed(&r, 5);
     for (int i = 0; i < DIM * DIM; i++) lower[i] = i / DIM == i % DIM ? 1.5f : i % DIM < i / DIM ? 0.1f * (float)random_normal(&r) : 0;
     for (int i = 0; i < CENTROIDS * DIM; i++) centroids[i] = f32_to_f16((float)random_normal(&r));
-    *h =
-        (codebook_header){.fingerprint = 77, .n_layer = 1, .n_head_kv = 1, .head_dim = DIM, .n_centroids = CENTROIDS, .distance = DISTANCE};
+    *h = (codebook_header){
+        .fingerprint = 77, .n_layer = 1, .n_head_kv = 1, .head_dim = DIM, .n_centroids = CENTROIDS, .distance = DISTANCE, .exponent = 1};
     const size_t n = CODEBOOK_HEADER + codebook_record_bytes(h);
     uint8_t *bytes = calloc(n, 1);
     codebook_header_pack(h, bytes);
-    codebook_record_pack(h, &(codebook_head){lower, centroids, 3}, bytes + CODEBOOK_HEADER);
+    codebook_record_pack(h, &(codebook_head){.lower = lower, .f16 = centroids, .iterations = 3}, bytes + CODEBOOK_HEADER);
     if (flip >= 0) bytes[flip] ^= 4;
     FILE *f = fopen(path, "wb");
     assert_non_null(f);
@@ -156,7 +156,7 @@ static void lists_give_what_scoring_every_token_gives(void **state)
     uint8_t *bytes = (uint8_t *)file_read_all(path, &n_bytes, NULL);
     float lower[DIM * DIM], c[CENTROIDS * DIM];
     uint16_t halves[CENTROIDS * DIM];
-    codebook_head head = {lower, halves, 0};
+    codebook_head head = {.lower = lower, .f16 = halves};
     assert_true(codebook_record_parse(&h, bytes + CODEBOOK_HEADER, &head));
     assert_int_equal(head.iterations, 3);
     for (int i = 0; i < CENTROIDS * DIM; i++) c[i] = f16_to_f32(halves[i]);
@@ -193,7 +193,7 @@ static void wrong_files_are_refused(void **state)
         long flip, cut;
         quarry_code code;
         const char *says;
-    } cases[] = {{0, 0, QUARRY_ERROR_FORMAT, "not a codebook"}, {8, 0, QUARRY_ERROR_UNSUPPORTED, "version 5"},
+    } cases[] = {{0, 0, QUARRY_ERROR_FORMAT, "not a codebook"}, {8, 0, QUARRY_ERROR_UNSUPPORTED, "version 6"},
                  {60, 0, QUARRY_ERROR_FORMAT, "header"},        {CODEBOOK_HEADER + 9, 0, QUARRY_ERROR_FORMAT, "layer 0, head 0"},
                  {-1, 1, QUARRY_ERROR_FORMAT, "bytes"},         {-1, CODEBOOK_HEADER, QUARRY_ERROR_FORMAT, "bytes"}};
     const math_kernels *kernels = math_kernels_get(cpu_detect());
@@ -259,6 +259,41 @@ static void cholesky_gives_the_normalised_moments(void **state)
     arena_free(&scratch);
 }
 
+/* root^2 = M^(1/2) has the square M; 0 and moments of nothing give the identity, 1 what Cholesky gives. */
+static void powers_of_the_metric(void **state)
+{
+    (void)state;
+    double h[DIM * DIM] = {0}, none[DIM * DIM] = {0}, squares = 0, power[DIM * DIM] = {0}, m[DIM * DIM] = {0};
+    float root[DIM * DIM], inverse[DIM * DIM], lower[DIM * DIM];
+    arena scratch = {0};
+    random_state r;
+    random_seed(&r, 6);
+    for (int n = 0; n < 3 * DIM; n++) {
+        double x[DIM];
+        for (int i = 0; i < DIM; i++) x[i] = 100 * random_normal(&r);
+        for (int i = 0; i < DIM * DIM; i++) h[i] += x[i / DIM] * x[i % DIM];
+    }
+    for (int i = 0; i < DIM * DIM; i++) squares += h[i] * h[i];
+    assert_int_equal(vq_root(DIM, h, 0.5, 0.1, root, inverse, &scratch, NULL), QUARRY_OK);
+    for (int i = 0; i < DIM * DIM; i++)
+        for (int k = 0; k < DIM; k++) power[i] += (double)root[i / DIM * DIM + k] * (double)root[k * DIM + i % DIM];
+    for (int i = 0; i < DIM * DIM; i++)
+        for (int k = 0; k < DIM; k++) m[i] += power[i / DIM * DIM + k] * power[k * DIM + i % DIM];
+    const double factor = m[0] / (h[0] / sqrt(squares / (DIM * DIM)) + 0.1);
+    for (int i = 0; i < DIM * DIM; i++) {
+        const double wanted = h[i] / sqrt(squares / (DIM * DIM)) + (i / DIM == i % DIM ? 0.1 : 0);
+        assert_true(fabs(m[i] / factor - wanted) < 1e-4);
+    }
+    for (int i = 0; i < 3; i++) {
+        assert_int_equal(vq_root(DIM, i ? none : h, i / 2.0, 0.1, root, inverse, &scratch, NULL), QUARRY_OK);
+        for (int j = 0; j < DIM * DIM; j++) assert_true(root[j] == (float)(j / DIM == j % DIM) && inverse[j] == root[j]);
+    }
+    assert_int_equal(vq_root(DIM, h, 1, 1e-6, root, inverse, &scratch, NULL), QUARRY_OK);
+    assert_int_equal(vq_cholesky(DIM, h, 1e-6, lower, inverse, &scratch, NULL), QUARRY_OK);
+    assert_memory_equal(root, lower, sizeof root);
+    arena_free(&scratch);
+}
+
 static void kmeans_ends_at_a_fixed_point(void **state)
 {
     (void)state;
@@ -301,6 +336,7 @@ int main(void)
         cmocka_unit_test(lists_give_what_scoring_every_token_gives),
         cmocka_unit_test(wrong_files_are_refused),
         cmocka_unit_test(cholesky_gives_the_normalised_moments),
+        cmocka_unit_test(powers_of_the_metric),
         cmocka_unit_test(kmeans_ends_at_a_fixed_point),
     };
     return cmocka_run_group_tests(tests, make_path, remove_path);

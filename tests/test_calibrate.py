@@ -35,8 +35,24 @@ class Calibrate(unittest.TestCase):
         self.assertEqual(self.make("one", "-t", "1"), self.make("two", "-t", "2"))
 
     def test_options_change_the_codebook(self):
-        files = [self.make(*options) for options in (["a"], ["b", "--exact-rope"], ["c", "--identity"], ["d", "--seed", "2"])]
-        self.assertEqual(len({file[HEADER:] for file in files}), 4)
+        files = [self.make(*options) for options in (["a"], ["b", "--exact-rope"], ["c", "--exponent", "0"], ["d", "--seed", "2"], ["e", "--exponent", "0.5"],
+                                                       ["f", "--exponent", "0.5", "--shrink", "1"], ["g", "--type", "int8"], ["h", "--distance", "64"])]
+        self.assertEqual(len({file[HEADER:] for file in files}), 8)
+        self.assertLess(len(files[6]), len(files[0]))
+
+    def test_texts_share_the_tokens(self):
+        (self.path / "other").write_text("one two three " * 400)
+        (self.path / "short").write_text("short")
+        two = self.make("two", "-f", self.path / "other")
+        self.assertNotEqual(two, self.make("one"))
+        run = self.run_it("three", "-f", self.path / "short", "-f", self.path / "other")  # what the short one lacks falls to the last
+        self.assertIn("from 300 tokens of text", run.stdout)
+
+    def test_uuids_alone_do_without_text(self):
+        run = subprocess.run([QUARRY, "calibrate", "-m", MODEL, "-o", self.path / "book", "--tokens", "0", "--random", "100", "--centroids", "9"],
+                             capture_output=True, text=True)
+        self.assertEqual(run.returncode, 0, run.stderr)
+        self.assertIn("from 0 tokens of text and 100 of UUIDs", run.stdout)
 
     def test_an_interrupted_run_is_taken_up(self):
         whole = self.make("whole")
@@ -76,7 +92,9 @@ class Calibrate(unittest.TestCase):
 
     def test_bad_arguments(self):
         self.assertIn("too few", self.run_it("x", "--centroids", "60000").stderr)
+        self.assertIn("f16 or int8", self.run_it("x", "--type", "f32").stderr)
         self.assertEqual(subprocess.run([QUARRY, "calibrate", "-m", MODEL], capture_output=True).returncode, 2)
+        self.assertEqual(subprocess.run([QUARRY, "calibrate", "-m", MODEL, "-o", self.path / "x"], capture_output=True).returncode, 2)
 
 
 unittest.main()

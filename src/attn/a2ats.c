@@ -9,13 +9,18 @@
 #include "attn/policies.h"
 #include "vq/vq.h"
 
+enum { TILE = 32 /* centroids scored at a time */, ROWS = 8 /* keys coded at a time */, DIMS = 64 /* of a tile, made f32 at a time */ };
+
+/* Centroids stay as they are stored: f16 ones in tiles, [tile][d][TILE], so that a tile becomes f32 in one go, where it is needed and nowhere else. */
 typedef struct a2ats_tables {
     codebook_header header;
     atomic_int references; /* policies that share it: of a session and its forks */
-    float *lower;          /* [layer][head][d][d] L */
-    float *centroids;      /* [layer][head][n_centroids][d] C, under H */
-    float *half;           /* [layer][head][n_centroids] |C|^2 / 2 */
-    float *score;          /* [layer][head][d][n_centroids] C L^-1 */
+    int64_t tiles;         /* of a head */
+    float *metric;         /* [layer][head][d][d] L L' */
+    float *half;           /* [layer][head][tiles][TILE] |C|^2 / 2 under the metric; INFINITY where there is no centroid */
+    uint16_t *f16;         /* [layer][head][tiles][d][TILE] C L^-1; or */
+    int8_t *int8;          /* [layer][head][tiles][TILE][d], */
+    float *scale, *mean;   /* [layer][head][tiles][TILE], [layer][head][d] */
 } a2ats_tables;
 
 typedef struct a2ats {
@@ -45,11 +50,34 @@ void attn_rotate(const attn_rope *rope, const math_kernels *kernels, int64_t by,
 static void tables_release(a2ats_tables *t)
 {
     if (!t || atomic_fetch_sub(&t->references, 1) > 1) return;
-    memory_free(t->lower);
-    memory_free(t->centroids);
-    memory_free(t->half);
-    memory_free(t->score);
-    memory_free(t);
+    void *const arrays[] = {t->metric, t->half, t->f16, t->int8, t->scale, t->mean, t};
+    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) memory_free(arrays[i]);
+}
+
+static size_t tables_bytes(const a2ats_tables *t)
+{
+    const size_t heads = (size_t)t->header.n_layer * (size_t)t->header.n_head_kv, d = (size_t)t->header.head_dim;
+    const size_t k = (size_t)t->tiles * TILE, stored = t->f16 ? k * d * sizeof *t->f16 : k * d + (k + d) * sizeof(float);
+    return sizeof *t + heads * (stored + (d * d + k) * sizeof(float));
+}
+
+/* out[n][stride] from centroid TILE * tile on = products of q[n][d] with a tile of the head's centroids. */
+static void score_tile(const a2ats_tables *t, const math_kernels *kernels, size_t at, int64_t tile, const float *q, int64_t n, float *out,
+                       int64_t stride)
+{
+    const int64_t d = t->header.head_dim, first = (int64_t)at * t->tiles + tile;
+    if (t->int8) {
+        float bias[ATTN_MAX_GROUP];
+        for (int64_t i = 0; i < n; i++) bias[i] = kernels->vector->dot(q + i * d, t->mean + (int64_t)at * d, d);
+        kernels->retrieval->dot_i8(q, (int)n, (int)d, t->int8 + first * TILE * d, t->scale + first * TILE, bias, TILE, out, stride);
+        return;
+    }
+    for (int64_t i = 0; i < d; i += DIMS) {
+        float part[DIMS * TILE];
+        const int64_t dims = d - i < DIMS ? d - i : DIMS;
+        kernels->vector->from_f16(t->f16 + (first * d + i) * TILE, dims * TILE, part);
+        kernels->retrieval->product(q + i, d, 1, part, TILE, out, stride, n, TILE, dims, i > 0);
+    }
 }
 
 static quarry_code check_model(const codebook_header *h, const attn_shape *shape, const char *path, quarry_error *error)
@@ -64,18 +92,38 @@ static quarry_code check_model(const codebook_header *h, const attn_shape *shape
     return QUARRY_OK;
 }
 
-/* Centroids under H and their transposed products from what the file holds. */
-static void make_head(a2ats_tables *t, const math_kernels *kernels, size_t at, const codebook_head *head, float *rows)
+/* What a record is turned into; all memory is there, padding is zero. work[2 k d + d d] */
+static void make_head(a2ats_tables *t, const math_kernels *kernels, size_t at, const codebook_head *head, float *work)
 {
-    const int64_t d = t->header.head_dim, k = t->header.n_centroids;
-    float *centroids = t->centroids + at * (size_t)(k * d), *half = t->half + at * (size_t)k;
-    kernels->vector->from_f16(head->centroids, k * d, rows);
-    vq_transpose(rows, d, k, (int)d, t->score + at * (size_t)(k * d), k);
-    kernels->retrieval->product(rows, d, 1, head->lower, d, centroids, d, k, d, d, false);
-    for (int64_t j = 0; j < k; j++) {
-        half[j] = 0;
-        for (int64_t i = 0; i < d; i++) half[j] += 0.5f * centroids[j * d + i] * centroids[j * d + i];
+    const int64_t d = t->header.head_dim, k = t->header.n_centroids, first = (int64_t)at * t->tiles;
+    float *rows = work, *whitened = rows + k * d, *transposed = whitened + k * d, *half = t->half + first * TILE;
+    vq_transpose(head->lower, d, d, (int)d, transposed, d);
+    kernels->retrieval->product(head->lower, d, 1, transposed, d, t->metric + (int64_t)at * d * d, d, d, d, d, false);
+    codebook_expand(&t->header, kernels, head, rows);
+    kernels->retrieval->product(rows, d, 1, t->metric + (int64_t)at * d * d, d, whitened, d, k, d, d, false);
+    for (int64_t j = 0; j < t->tiles * TILE; j++) half[j] = j < k ? kernels->vector->dot(rows + j * d, whitened + j * d, d) / 2 : INFINITY;
+    if (t->int8) {
+        memcpy(t->int8 + first * TILE * d, head->int8, (size_t)(k * d));
+        memcpy(t->scale + first * TILE, head->scale, (size_t)k * sizeof *t->scale);
+        memcpy(t->mean + (int64_t)at * d, head->mean, (size_t)d * sizeof *t->mean);
+        return;
     }
+    for (int64_t j = 0; j < k; j++)
+        for (int64_t i = 0; i < d; i++) t->f16[(first * d + j / TILE * d + i) * TILE + j % TILE] = head->f16[j * d + i];
+}
+
+static bool tables_allocate(a2ats_tables *t, quarry_error *error)
+{
+    const size_t heads = (size_t)t->header.n_layer * (size_t)t->header.n_head_kv, d = (size_t)t->header.head_dim;
+    const size_t cells = (size_t)t->tiles * TILE;
+    t->metric = memory_aligned(heads, d * d * sizeof *t->metric, "codebook", error);
+    t->half = t->metric ? memory_aligned(heads, cells * sizeof *t->half, "codebook", error) : NULL;
+    if (!t->half) return false;
+    if (t->header.type == CODEBOOK_F16) return (t->f16 = memory_zero(heads, cells * d * sizeof *t->f16, "codebook", error)) != NULL;
+    t->int8 = memory_zero(heads, cells * d, "codebook", error);
+    t->scale = t->int8 ? memory_zero(heads, cells * sizeof *t->scale, "codebook", error) : NULL;
+    t->mean = t->scale ? memory_zero(heads, d * sizeof *t->mean, "codebook", error) : NULL;
+    return t->mean != NULL;
 }
 
 static quarry_code read_records(a2ats_tables *t, const math_kernels *kernels, const uint8_t *bytes, size_t n_bytes, const char *path,
@@ -83,27 +131,26 @@ static quarry_code read_records(a2ats_tables *t, const math_kernels *kernels, co
 {
     const codebook_header *h = &t->header;
     const size_t heads = (size_t)h->n_layer * (size_t)h->n_head_kv, record = codebook_record_bytes(h), d = (size_t)h->head_dim;
-    const size_t cells = (size_t)h->n_centroids * d;
     if (n_bytes != CODEBOOK_HEADER + heads * record)
         return error_set(error, QUARRY_ERROR_FORMAT, "%s: damaged codebook: %zu bytes, %zu expected", path, n_bytes,
                          CODEBOOK_HEADER + heads * record);
-    t->lower = memory_aligned(heads, d * d * sizeof(float), "codebook", error);
-    t->centroids = t->lower ? memory_aligned(heads, cells * sizeof(float), "codebook", error) : NULL;
-    t->half = t->centroids ? memory_aligned(heads, (size_t)h->n_centroids * sizeof(float), "codebook", error) : NULL;
-    t->score = t->half ? memory_aligned(heads, cells * sizeof(float), "codebook", error) : NULL;
-    float *rows = t->score ? memory_aligned(cells, sizeof(float), "codebook", error) : NULL;
-    uint16_t *halves = rows ? memory_aligned(cells, sizeof(uint16_t), "codebook", error) : NULL;
-    quarry_code code = halves ? QUARRY_OK : QUARRY_ERROR_MEMORY;
+    t->tiles = (h->n_centroids + TILE - 1) / TILE;
+    if (!tables_allocate(t, error)) return QUARRY_ERROR_MEMORY;
+    codebook_head head = {.lower = memory_alloc(d * d, sizeof(float), "codebook", error)};
+    void *stored = head.lower ? memory_alloc(codebook_centroid_bytes(h), 1, "codebook", error) : NULL;
+    float *work = stored ? memory_alloc(2 * (size_t)h->n_centroids * d + d * d, sizeof *work, "codebook", error) : NULL;
+    quarry_code code = work ? QUARRY_OK : QUARRY_ERROR_MEMORY;
+    if (stored) codebook_head_place(h, stored, &head);
     for (size_t i = 0; i < heads && code == QUARRY_OK; i++) {
-        codebook_head head = {t->lower + i * d * d, halves, 0};
-        if (!codebook_record_parse(h, bytes + CODEBOOK_HEADER + i * record, &head))
+        if (codebook_record_parse(h, bytes + CODEBOOK_HEADER + i * record, &head))
+            make_head(t, kernels, i, &head, work);
+        else
             code = error_set(error, QUARRY_ERROR_FORMAT, "%s: damaged codebook: the checksum of layer %zu, head %zu is wrong", path,
                              i / (size_t)h->n_head_kv, i % (size_t)h->n_head_kv);
-        else
-            make_head(t, kernels, i, &head, rows);
     }
-    memory_free(rows);
-    memory_free(halves);
+    memory_free(head.lower);
+    memory_free(stored);
+    memory_free(work);
     return code;
 }
 
@@ -246,29 +293,54 @@ static quarry_code a2ats_reserve(attn_policy *policy, int64_t n, quarry_error *e
     return grow((a2ats *)policy, policy->n_far - ATTN_SINKS + n, error);
 }
 
+/* nearest[n] of keys[n][d], n <= ROWS, under the metric M: the largest x M c - c M c / 2, which takes no centroids but those that score. */
+static void code_keys(const a2ats_tables *t, const math_kernels *kernels, size_t at, const float *keys, int64_t n, int32_t *nearest)
+{
+    const int64_t d = t->header.head_dim;
+    const float *half = t->half + (int64_t)at * t->tiles * TILE;
+    float turned[ROWS * 1024], score[ROWS * TILE], best[ROWS];
+    kernels->retrieval->product(keys, d, 1, t->metric + (int64_t)at * d * d, d, turned, d, n, d, d, false);
+    for (int64_t i = 0; i < n; i++) {
+        nearest[i] = 0;
+        best[i] = -INFINITY;
+    }
+    for (int64_t tile = 0; tile < t->tiles; tile++) {
+        score_tile(t, kernels, at, tile, turned, n, score, TILE);
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t j = 0; j < TILE; j++) {
+                const float x = score[i * TILE + j] - half[tile * TILE + j];
+                if (!(x > best[i])) continue;
+                best[i] = x;
+                nearest[i] = (int32_t)(tile * TILE + j);
+            }
+    }
+}
+
 static void a2ats_append(attn_policy *policy, int layer, int head, const kv_seq *kv, int64_t n, arena *scratch)
 {
     (void)scratch;
     a2ats *p = (a2ats *)policy;
     const a2ats_tables *t = p->tables;
-    const int64_t d = t->header.head_dim, k = t->header.n_centroids;
-    const size_t at = head_index(p, layer, head);
-    const math_kernels *kernels = p->base.kernels;
+    const int64_t d = t->header.head_dim;
+    const size_t at = head_index(p, layer, head), k = (size_t)t->header.n_centroids;
     uint16_t *code = p->code + at * (size_t)p->capacity;
-    int32_t *next = p->next + at * (size_t)p->capacity, *newest = p->newest + at * (size_t)k, *count = p->count + at * (size_t)k;
-    for (int64_t i = 0; i < n; i++) {
-        float key[1024], whitened[1024], value;
-        int32_t nearest;
-        const int64_t token = policy->n_far + i;
-        kv_read_key(kernels, kv_row(kv, layer, head, token), &policy->shape.kv, key);
-        if (!t->header.exact_rope) attn_rotate(&policy->shape.rope, kernels, -token, key);
-        kernels->retrieval->product(key, d, 1, t->lower + at * (size_t)(d * d), d, whitened, d, 1, d, d, false);
-        kernels->retrieval->nearest(t->centroids + at * (size_t)(k * d), t->half + at * (size_t)k, (int)k, (int)d, whitened, 1, 1, &nearest,
-                                    &value);
-        code[token - ATTN_SINKS] = (uint16_t)nearest;
-        next[token - ATTN_SINKS] = newest[nearest];
-        newest[nearest] = (int32_t)token;
-        count[nearest]++;
+    int32_t *next = p->next + at * (size_t)p->capacity, *newest = p->newest + at * k, *count = p->count + at * k;
+    for (int64_t first = policy->n_far, end = first + n; first < end; first += ROWS) {
+        const int64_t rows = end - first < ROWS ? end - first : ROWS;
+        float keys[ROWS * 1024];
+        int32_t nearest[ROWS];
+        for (int64_t i = 0; i < rows; i++) {
+            kv_read_key(p->base.kernels, kv_row(kv, layer, head, first + i), &policy->shape.kv, keys + i * d);
+            if (!t->header.exact_rope) attn_rotate(&policy->shape.rope, p->base.kernels, -(first + i), keys + i * d);
+        }
+        code_keys(t, p->base.kernels, at, keys, rows, nearest);
+        for (int64_t i = 0; i < rows; i++) {
+            const int64_t far = first + i - ATTN_SINKS;
+            code[far] = (uint16_t)nearest[i];
+            next[far] = newest[nearest[i]];
+            newest[nearest[i]] = (int32_t)(first + i);
+            count[nearest[i]]++;
+        }
     }
 }
 
@@ -294,8 +366,7 @@ static void a2ats_truncate(attn_policy *policy, int64_t n)
 static size_t a2ats_bytes(const attn_policy *policy)
 {
     const a2ats *p = (const a2ats *)policy;
-    const size_t k = (size_t)p->tables->header.n_centroids, d = (size_t)p->tables->header.head_dim;
-    return sizeof *p + n_heads(p) * ((size_t)p->capacity * 6 + k * 8 + (d * d + (2 * d + 1) * k) * sizeof(float));
+    return sizeof *p + n_heads(p) * ((size_t)p->capacity * 6 + (size_t)p->tables->header.n_centroids * 8) + tables_bytes(p->tables);
 }
 
 /* ---- select ---- */
@@ -341,14 +412,15 @@ static quarry_code a2ats_select(const attn_policy *policy, int layer, int head, 
     (void)kv, (void)near;
     const a2ats *p = (const a2ats *)policy;
     const a2ats_tables *t = p->tables;
-    const int64_t d = t->header.head_dim, k = t->header.n_centroids, group = policy->shape.n_head / policy->shape.kv.n_head_kv;
+    const int64_t d = t->header.head_dim, k = t->header.n_centroids, stride = t->tiles * TILE;
+    const int64_t group = policy->shape.n_head / policy->shape.kv.n_head_kv;
     const int64_t far = policy->n_far - ATTN_SINKS, wanted = (int64_t)(p->budget * (double)far);
     const size_t at = head_index(p, layer, head), words = (size_t)(policy->n_far + 63) / 64;
     *out = (attn_selection){0};
     if (wanted <= 0) return QUARRY_OK;
     const int64_t most = wanted * group < far ? wanted * group : far;
     out->ids = arena_alloc(scratch, (size_t)most, sizeof *out->ids, error);
-    float *rotated = arena_alloc(scratch, (size_t)(group * (d + k)), sizeof *rotated, error), *score = rotated + group * d;
+    float *rotated = arena_alloc(scratch, (size_t)(group * (d + stride)), sizeof *rotated, error), *score = rotated + group * d;
     int32_t *heap = arena_alloc(scratch, (size_t)k, sizeof *heap, error);
     uint64_t *marks = arena_alloc(scratch, words, sizeof *marks, error);
     if (!out->ids || !rotated || !heap || !marks) return QUARRY_ERROR_MEMORY;
@@ -356,10 +428,10 @@ static quarry_code a2ats_select(const attn_policy *policy, int layer, int head, 
     memcpy(rotated, q, (size_t)(group * d) * sizeof *q);
     for (int64_t g = 0; g < group && !t->header.exact_rope; g++)
         attn_rotate(&policy->shape.rope, policy->kernels, t->header.distance - pos, rotated + g * d);
-    policy->kernels->retrieval->product(rotated, d, 1, t->score + at * (size_t)(k * d), k, score, k, group, k, d, false);
+    for (int64_t tile = 0; tile < t->tiles; tile++) score_tile(t, policy->kernels, at, tile, rotated, group, score + tile * TILE, stride);
     for (int64_t g = 0; g < group; g++)
-        cost->index_bytes += take_best(p, at, score + g * k, wanted, heap, marks, out) * (int64_t)sizeof *p->next;
-    cost->table_bytes += k * d * (int64_t)sizeof(float) + k * (int64_t)sizeof *p->newest;
+        cost->index_bytes += take_best(p, at, score + g * stride, wanted, heap, marks, out) * (int64_t)sizeof *p->next;
+    cost->table_bytes += (int64_t)codebook_centroid_bytes(&t->header) + k * (int64_t)sizeof *p->newest;
     return QUARRY_OK;
 }
 

@@ -135,29 +135,41 @@ quarry_code attn_options_parse(const char *policy, const char *spec, const attn_
 
 enum { CODEBOOK_HEADER = 128 };
 
+/* How centroids are stored. */
+typedef enum codebook_type { CODEBOOK_F16, CODEBOOK_INT8 } codebook_type;
+
 /* What a codebook was made for and how. */
 typedef struct codebook_header {
     uint64_t fingerprint, text_digest, seed;
     int64_t n_text, n_random; /* tokens of the calibration text, and of random UUIDs */
     int32_t n_layer, n_head_kv, head_dim, n_centroids, iterations, distance;
-    bool exact_rope; /* keys are coded after RoPE instead of before it */
-    bool plain;      /* H is the identity */
+    codebook_type type;
+    bool exact_rope;        /* keys are coded after RoPE instead of before it */
+    float exponent, shrink; /* the metric is (H / rms H + shrink I)^exponent */
 } codebook_header;
 
-/* Of one (layer, KV head). */
+/* Of one (layer, KV head): L, a root of the metric, and C L^-1 [n_centroids][d], whose product with a query is a score. Arrays are the caller's. */
 typedef struct codebook_head {
-    float *lower;        /* [d][d] L */
-    uint16_t *centroids; /* [n_centroids][d] f16, C L^-1: a score is their product with the query */
-    int32_t iterations;  /* used */
+    float *lower;  /* [d][d] L */
+    uint16_t *f16; /* [n_centroids][d]: CODEBOOK_F16 */
+    int8_t *int8;  /* [n_centroids][d], in units of scale [n_centroids] around mean [d]: CODEBOOK_INT8 */
+    float *scale, *mean;
+    int32_t iterations; /* used */
 } codebook_head;
 
 void codebook_header_pack(const codebook_header *h, uint8_t out[CODEBOOK_HEADER]);
 /* FORMAT, UNSUPPORTED (version); name is the file's, for messages. */
 quarry_code codebook_header_parse(codebook_header *h, const uint8_t *bytes, size_t n_bytes, const char *name, quarry_error *error);
-size_t codebook_record_bytes(const codebook_header *h); /* of one head, 0 if beyond reason */
+size_t codebook_record_bytes(const codebook_header *h);   /* of one head, 0 if beyond reason */
+size_t codebook_centroid_bytes(const codebook_header *h); /* of one head's centroids, with scales and mean */
 void codebook_record_pack(const codebook_header *h, const codebook_head *head, uint8_t *out);
 /* Copies into head's memory; false if the record is damaged. */
 bool codebook_record_parse(const codebook_header *h, const uint8_t *bytes, codebook_head *head);
+/* A head's arrays of centroids in one block of codebook_centroid_bytes, aligned for floats; lower is left. */
+void codebook_head_place(const codebook_header *h, void *memory, codebook_head *head);
+/* Between rows[n_centroids][d] and what is stored. */
+void codebook_quantise(const codebook_header *h, const math_kernels *kernels, float *rows, codebook_head *head); /* spoils rows */
+void codebook_expand(const codebook_header *h, const math_kernels *kernels, const codebook_head *head, float *rows);
 
 /* ---- keeping the index: what a session calls after rows were committed ---- */
 

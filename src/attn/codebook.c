@@ -1,7 +1,9 @@
 /* The codebook file: a header of 128 bytes, then a record for every (layer, KV head), each with its own checksum (XXH3, 64 bits), all little-endian.
  *
  *     header   "QUARRYCB" version, fingerprint, parameters …             checksum at 120
- *     record   L [d][d] f32   C L^-1 [n_centroids][d] f16   iterations u32   0 u32   checksum u64
+ *     record   L [d][d] f32   C L^-1 [n_centroids][d]   iterations u32   0 u32   checksum u64
+ *
+ * C L^-1 is f16, or its mean [d] f32, then a scale for each centroid [n_centroids] f32, then int8 [n_centroids][d].
  *
  * A file that is being made has fewer records and another name. */
 #define XXH_INLINE_ALL
@@ -11,8 +13,9 @@
 #include <string.h>
 
 #include "attn/attn.h"
+#include "vq/vq.h"
 
-enum { VERSION = 1 };
+enum { VERSION = 2 };
 
 static const char magic[8] = {'Q', 'U', 'A', 'R', 'R', 'Y', 'C', 'B'};
 
@@ -33,6 +36,20 @@ static uint64_t get64(const uint8_t *in)
     return value;
 }
 
+static uint32_t bits_of(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static float float_of(int32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 static int32_t get32(const uint8_t *in)
 {
     return (int32_t)((uint32_t)in[0] | (uint32_t)in[1] << 8 | (uint32_t)in[2] << 16 | (uint32_t)in[3] << 24);
@@ -41,12 +58,21 @@ static int32_t get32(const uint8_t *in)
 void codebook_header_pack(const codebook_header *h, uint8_t out[CODEBOOK_HEADER])
 {
     const uint64_t longs[] = {h->fingerprint, h->text_digest, h->seed, (uint64_t)h->n_text, (uint64_t)h->n_random};
-    const int32_t ints[] = {h->n_layer, h->n_head_kv, h->head_dim, h->n_centroids, h->iterations, h->distance, h->exact_rope, h->plain};
+    const int32_t ints[] = {h->n_layer,
+                            h->n_head_kv,
+                            h->head_dim,
+                            h->n_centroids,
+                            h->iterations,
+                            h->distance,
+                            h->exact_rope,
+                            (int32_t)h->type,
+                            (int32_t)bits_of(h->exponent),
+                            (int32_t)bits_of(h->shrink)};
     memset(out, 0, CODEBOOK_HEADER);
     memcpy(out, magic, sizeof magic);
     put32(out + 8, VERSION);
     for (int i = 0; i < 5; i++) put64(out + 16 + 8 * i, longs[i]);
-    for (int i = 0; i < 8; i++) put32(out + 56 + 4 * i, ints[i]);
+    for (int i = 0; i < 10; i++) put32(out + 56 + 4 * i, ints[i]);
     put64(out + 120, XXH3_64bits(out, 120));
 }
 
@@ -72,41 +98,100 @@ quarry_code codebook_header_parse(codebook_header *h, const uint8_t *bytes, size
         .iterations = get32(bytes + 72),
         .distance = get32(bytes + 76),
         .exact_rope = get32(bytes + 80) != 0,
-        .plain = get32(bytes + 84) != 0,
+        .type = (codebook_type)get32(bytes + 84),
+        .exponent = float_of(get32(bytes + 88)),
+        .shrink = float_of(get32(bytes + 92)),
     };
     if (h->n_layer < 1 || h->n_layer > 65536 || h->n_head_kv < 1 || h->n_head_kv > 65536 || codebook_record_bytes(h) == 0 ||
-        h->distance < 0)
+        h->distance < 0 || h->type > CODEBOOK_INT8 || !isfinite(h->exponent) || !isfinite(h->shrink))
         return error_set(error, QUARRY_ERROR_FORMAT, "%s: damaged codebook: impossible sizes", name);
     return QUARRY_OK;
+}
+
+size_t codebook_centroid_bytes(const codebook_header *h)
+{
+    const size_t d = (size_t)h->head_dim, k = (size_t)h->n_centroids;
+    return h->type == CODEBOOK_F16 ? k * d * sizeof(uint16_t) : (d + k) * sizeof(float) + k * d;
 }
 
 size_t codebook_record_bytes(const codebook_header *h)
 {
     if (h->head_dim < 1 || h->head_dim > 1024 || h->n_centroids < 1 || h->n_centroids > 65536) return 0;
     const size_t d = (size_t)h->head_dim;
-    return d * d * sizeof(float) + (size_t)h->n_centroids * d * sizeof(uint16_t) + 16;
+    return d * d * sizeof(float) + codebook_centroid_bytes(h) + 16;
+}
+
+void codebook_head_place(const codebook_header *h, void *memory, codebook_head *head)
+{
+    if (h->type == CODEBOOK_F16) {
+        head->f16 = memory;
+        return;
+    }
+    head->mean = memory;
+    head->scale = head->mean + h->head_dim;
+    head->int8 = (int8_t *)(head->scale + h->n_centroids);
+}
+
+/* The first of a head's arrays of centroids: the others follow it. */
+static void *centroids_of(const codebook_header *h, const codebook_head *head)
+{
+    return h->type == CODEBOOK_F16 ? (void *)head->f16 : (void *)head->mean;
 }
 
 void codebook_record_pack(const codebook_header *h, const codebook_head *head, uint8_t *out)
 {
-    const size_t d = (size_t)h->head_dim, lower = d * d * sizeof(float), all = codebook_record_bytes(h);
+    const size_t lower = (size_t)h->head_dim * (size_t)h->head_dim * sizeof(float), all = codebook_record_bytes(h);
     memcpy(out, head->lower, lower);
-    memcpy(out + lower, head->centroids, all - 16 - lower);
+    memcpy(out + lower, centroids_of(h, head), codebook_centroid_bytes(h));
     put32(out + all - 16, head->iterations);
     put32(out + all - 12, 0);
     put64(out + all - 8, XXH3_64bits(out, all - 8));
 }
 
+static bool all_finite(const float *x, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (!isfinite(x[i])) return false;
+    return true;
+}
+
 bool codebook_record_parse(const codebook_header *h, const uint8_t *bytes, codebook_head *head)
 {
-    const size_t d = (size_t)h->head_dim, lower = d * d * sizeof(float), all = codebook_record_bytes(h);
+    const size_t d = (size_t)h->head_dim, k = (size_t)h->n_centroids, lower = d * d * sizeof(float), all = codebook_record_bytes(h);
     if (get64(bytes + all - 8) != XXH3_64bits(bytes, all - 8)) return false;
     memcpy(head->lower, bytes, lower);
-    memcpy(head->centroids, bytes + lower, all - 16 - lower);
+    memcpy(centroids_of(h, head), bytes + lower, codebook_centroid_bytes(h));
     head->iterations = get32(bytes + all - 16);
-    for (size_t i = 0; i < d * d; i++)
-        if (!isfinite(head->lower[i])) return false;
-    for (size_t i = 0; i < (size_t)h->n_centroids * d; i++)
-        if ((head->centroids[i] & 0x7c00) == 0x7c00) return false;
+    if (!all_finite(head->lower, d * d)) return false;
+    if (h->type == CODEBOOK_INT8) return all_finite(head->mean, d + k);
+    for (size_t i = 0; i < k * d; i++)
+        if ((head->f16[i] & 0x7c00) == 0x7c00) return false;
     return true;
+}
+
+void codebook_quantise(const codebook_header *h, const math_kernels *kernels, float *rows, codebook_head *head)
+{
+    const int64_t d = h->head_dim, k = h->n_centroids;
+    if (h->type == CODEBOOK_F16) {
+        kernels->vector->to_f16(rows, k * d, head->f16);
+        return;
+    }
+    for (int64_t i = 0; i < d; i++) {
+        double sum = 0;
+        for (int64_t j = 0; j < k; j++) sum += rows[j * d + i];
+        head->mean[i] = (float)(sum / (double)k);
+    }
+    for (int64_t j = 0; j < k; j++) {
+        for (int64_t i = 0; i < d; i++) rows[j * d + i] -= head->mean[i];
+        head->scale[j] = vq_quantise_i8(rows + j * d, (int)d, head->int8 + j * d);
+    }
+}
+
+void codebook_expand(const codebook_header *h, const math_kernels *kernels, const codebook_head *head, float *rows)
+{
+    const int64_t d = h->head_dim, k = h->n_centroids;
+    if (h->type == CODEBOOK_F16)
+        kernels->vector->from_f16(head->f16, k * d, rows);
+    else
+        for (int64_t i = 0; i < k * d; i++) rows[i] = head->mean[i % d] + head->scale[i / d] * (float)head->int8[i];
 }

@@ -112,8 +112,8 @@ static quarry_code add_random(const quarry_model *m, codebook_header *h, const i
     if (n < h->n_random) h->n_random = n;
     *out = memory_alloc((size_t)(h->n_text + h->n_random), sizeof **out, "calibration tokens", error);
     if (*out) {
-        memcpy(*out, tokens, (size_t)h->n_text * sizeof **out);
-        memcpy(*out + h->n_text, random_tokens, (size_t)h->n_random * sizeof **out);
+        if (h->n_text) memcpy(*out, tokens, (size_t)h->n_text * sizeof **out);
+        if (h->n_random) memcpy(*out + h->n_text, random_tokens, (size_t)h->n_random * sizeof **out);
     }
     quarry_free(random_tokens);
     return *out ? QUARRY_OK : QUARRY_ERROR_MEMORY;
@@ -138,24 +138,24 @@ static quarry_code cluster_head(const gathering *g, int64_t at, uint8_t *record,
     float *small = arena_alloc(scratch, (size_t)(2 * k * d + 2 * d * d), sizeof *small, error);
     float *keys = arena_alloc(scratch, (size_t)(n * d), sizeof *keys, error);
     int32_t *assign = arena_alloc(scratch, (size_t)n, sizeof *assign, error);
-    double *none = arena_alloc(scratch, (size_t)(d * d), sizeof *none, error);
-    uint16_t *halves = arena_alloc(scratch, (size_t)(k * d), sizeof *halves, error);
-    if (!work || !small || !keys || !assign || !none || !halves) return QUARRY_ERROR_MEMORY;
+    void *stored = arena_alloc(scratch, codebook_centroid_bytes(h), 1, error);
+    if (!work || !small || !keys || !assign || !stored) return QUARRY_ERROR_MEMORY;
     float *rows = work, *columns = rows + n * d, *centroids = small, *scoring = centroids + k * d, *lower = scoring + k * d;
-    memset(none, 0, (size_t)(d * d) * sizeof *none);
-    quarry_code code = vq_cholesky((int)d, h->plain ? none : g->moments + at * d * d, 1e-6, lower, lower + d * d, scratch, error);
+    quarry_code code =
+        vq_root((int)d, g->moments + at * d * d, (double)h->exponent, (double)h->shrink, lower, lower + d * d, scratch, error);
     if (code != QUARRY_OK) return code;
     g->base.kernels->vector->from_f16(g->keys + at * n * d, n * d, keys);
     retrieval->product(keys, d, 1, lower, d, rows, d, n, d, d, false);
     vq_transpose(rows, d, n, (int)d, columns, stride);
     const vq_points points = {.rows = rows, .columns = columns, .n = n, .row_stride = d, .column_stride = stride, .d = (int)d};
-    int used;
-    code = vq_kmeans_converge(g->base.kernels, &points, (int)k, h->iterations, h->seed + (uint64_t)at, centroids, assign, &used, scratch,
-                              error);
+    codebook_head head = {.lower = lower};
+    code = vq_kmeans_converge(g->base.kernels, &points, (int)k, h->iterations, h->seed + (uint64_t)at, centroids, assign, &head.iterations,
+                              scratch, error);
     if (code != QUARRY_OK) return code;
     retrieval->product(centroids, d, 1, lower + d * d, d, scoring, d, k, d, d, false);
-    g->base.kernels->vector->to_f16(scoring, k * d, halves);
-    codebook_record_pack(h, &(codebook_head){lower, halves, used}, record);
+    codebook_head_place(h, stored, &head);
+    codebook_quantise(h, g->base.kernels, scoring, &head);
+    codebook_record_pack(h, &head, record);
     return QUARRY_OK;
 }
 
@@ -187,24 +187,25 @@ static quarry_code write_at(int fd, const char *path, const uint8_t *bytes, size
     return fsync(fd) ? fail_io(path, error) : QUARRY_OK;
 }
 
-/* Whole records of the same parameters at the beginning of an unfinished file; 0 when it is another's or none. */
-static int64_t resumable(int fd, const uint8_t *header, size_t record, int64_t heads, const codebook_header *h)
+/* *n = whole records of the same parameters at the beginning of an unfinished file; 0 when it is another's or none. */
+static quarry_code resumable(int fd, const uint8_t *header, const codebook_header *h, int64_t heads, int64_t *n, quarry_error *error)
 {
+    *n = 0;
     uint8_t found[CODEBOOK_HEADER];
-    if (pread(fd, found, sizeof found, 0) != (ssize_t)sizeof found || memcmp(found, header, sizeof found) != 0) return 0;
-    const size_t d = (size_t)h->head_dim;
-    uint8_t *bytes = memory_alloc(record, 1, "codebook", NULL);
-    codebook_head head = {memory_alloc(d * d, sizeof(float), "codebook", NULL),
-                          memory_alloc((size_t)h->n_centroids * d, sizeof(uint16_t), "codebook", NULL), 0};
-    int64_t n = 0;
-    while (bytes && head.lower && head.centroids && n < heads &&
-           pread(fd, bytes, record, (off_t)(CODEBOOK_HEADER + (size_t)n * record)) == (ssize_t)record &&
+    if (pread(fd, found, sizeof found, 0) != (ssize_t)sizeof found || memcmp(found, header, sizeof found) != 0) return QUARRY_OK;
+    const size_t d = (size_t)h->head_dim, record = codebook_record_bytes(h);
+    uint8_t *bytes = memory_alloc(record, 1, "codebook", error);
+    codebook_head head = {.lower = bytes ? memory_alloc(d * d, sizeof(float), "codebook", error) : NULL};
+    void *stored = head.lower ? memory_alloc(codebook_centroid_bytes(h), 1, "codebook", error) : NULL;
+    if (stored) codebook_head_place(h, stored, &head);
+    while (stored && *n < heads && pread(fd, bytes, record, (off_t)(CODEBOOK_HEADER + (size_t)*n * record)) == (ssize_t)record &&
            codebook_record_parse(h, bytes, &head))
-        n++;
+        ++*n;
+    const quarry_code code = stored ? QUARRY_OK : QUARRY_ERROR_MEMORY;
     memory_free(bytes);
     memory_free(head.lower);
-    memory_free(head.centroids);
-    return n;
+    memory_free(stored);
+    return code;
 }
 
 /* Heads from `first` on, as many at a time as there are threads. */
@@ -245,10 +246,10 @@ static quarry_code make_file(quarry_model *m, gathering *g, const int32_t *token
     codebook_header_pack(h, header);
     const int fd = open(partial, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
     if (fd < 0) return fail_io(partial, error);
-    const int64_t first = resumable(fd, header, record, heads, h);
+    int64_t first;
+    quarry_code code = resumable(fd, header, h, heads, &first, error);
     *n_resumed = (int)first;
-    quarry_code code = QUARRY_OK;
-    if (ftruncate(fd, first ? (off_t)(CODEBOOK_HEADER + (size_t)first * record) : 0)) code = fail_io(partial, error);
+    if (code == QUARRY_OK && ftruncate(fd, first ? (off_t)(CODEBOOK_HEADER + (size_t)first * record) : 0)) code = fail_io(partial, error);
     if (code == QUARRY_OK && first == 0) code = write_at(fd, partial, header, sizeof header, 0, error);
     if (code == QUARRY_OK && first < heads) code = gather(m, g, tokens, watch_tokens, error);
     if (code == QUARRY_OK) code = cluster_all(m, g, first, heads, fd, partial, watch_heads, error);

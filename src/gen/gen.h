@@ -53,7 +53,7 @@ void stop_matcher_flush(stop_matcher *m, const char **out, size_t *n_out);
 
 /* Makes the codebook file of the policy a2ats for a model: reads the tokens in windows of the trained context, then header->n_random tokens of random UUIDs, densely; takes keys
  * and queries before RoPE; clusters keys under H of the queries, one (layer, KV head) after the other per thread. Set in header: n_centroids, iterations, distance, exact_rope,
- * plain, seed, n_random, text_digest; the rest is filled in.
+ * type, exponent, shrink, seed, n_random, text_digest; the rest is filled in.
  *
  * Finished heads are in PATH.partial, which a later call with the same parameters takes up; statistics are gathered again. PATH appears by renaming, complete and synced.
  * CANCELLED by watch, which is told tokens first and then heads. n_resumed: heads that were found. */

@@ -35,6 +35,10 @@ quarry_code vq_metric_make(vq_metric *m, const vq_moments *h, float alpha, float
  * code, as it is a dozen lines and the library has no LAPACK. */
 quarry_code vq_cholesky(int d, const double *moments, double shrink, float *lower, float *inverse, arena *scratch, quarry_error *error);
 
+/* The same with an exponent: root root' = (H / rms(H) + shrink I)^exponent up to a factor. 1: vq_cholesky, 0: the identity, else a symmetric root (vq_metric_make). */
+quarry_code vq_root(int d, const double *moments, double exponent, double shrink, float *root, float *inverse, arena *scratch,
+                    quarry_error *error);
+
 /* Coordinates in which a product code is good: y = R M^½ x with a rotation R onto the principal axes of M^½ x, dealt out to the
  * sub-vectors so that the products of their eigenvalues are balanced (Ge et al., Optimized Product Quantization, 2013, 4.2). q·x =
  * (query q)·y. Both matrices are stored by input dimension: y[j] = sum over i of x[i] forward[i][j]. */

@@ -35,6 +35,23 @@ quarry_code vq_cholesky(int d, const double *moments, double shrink, float *lowe
     return QUARRY_OK;
 }
 
+quarry_code vq_root(int d, const double *moments, double exponent, double shrink, float *root, float *inverse, arena *scratch,
+                    quarry_error *error)
+{
+    if (exponent == 1) return vq_cholesky(d, moments, shrink, root, inverse, scratch, error);
+    const size_t cells = (size_t)d * (size_t)d;
+    vq_metric metric = {d, root, inverse};
+    vq_moments h = {d, 0, arena_alloc(scratch, cells, sizeof *h.sum, error)};
+    if (!h.sum) return QUARRY_ERROR_MEMORY;
+    double squares = 0, trace = 0;
+    for (size_t i = 0; i < cells; i++) squares += moments[i] * moments[i];
+    const double rms = sqrt(squares / (double)cells);
+    for (size_t i = 0; i < cells; i++) h.sum[i] = rms > 0 ? (float)(moments[i] / rms) : 0;
+    for (int i = 0; i < d; i++) trace += h.sum[(size_t)i * (size_t)d + (size_t)i];
+    h.n = exponent > 0 && trace > 0; /* of none, the identity is made */
+    return vq_metric_make(&metric, &h, (float)exponent, h.n ? (float)(shrink * d / trace) : 0, scratch, error);
+}
+
 /* Draws each further centroid with a probability in proportion to the squared distance to the nearest one drawn so far. */
 static void seed_centroids(const math_kernels *kernels, const vq_points *x, int k, uint64_t seed, const float *norms, float *distance,
                            float *dots, float *centroids)
