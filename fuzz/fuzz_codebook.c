@@ -69,7 +69,7 @@ static void use(const attn_shape *shape, const char *spec)
     CHECK(attn_index_seal(p, kv, pool, &scratch, NULL) == QUARRY_OK);
     choose(p, kv, &scratch);
     p->type->truncate(p, 30);
-    kv_commit(kv, LATER);
+    kv_commit(kv, TOKENS);
     CHECK(attn_index_seal(p, kv, pool, &scratch, NULL) == QUARRY_OK);
     choose(p, kv, &scratch);
     attn_policy_destroy(p);
@@ -97,11 +97,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
                                   .scale = 0.25f,
                                   .rope = {.n_rot = 8, .halves = true, .inverse = inverse},
                                   .fingerprint = h.fingerprint};
-        char spec[64];
+        static const char *const options[] = {"budget=0.1", "threshold=0.01,shared=1", "mass=0.8,max=0.5", "budget=0.1,tail=1"};
+        char spec[128];
         const int fd = memfd_create("codebook", 0);
         repair(&h, bytes, n);
         CHECK(fd >= 0 && write(fd, bytes, n) == (ssize_t)n);
-        snprintf(spec, sizeof spec, "a2ats:budget=0.1,codebook=/proc/self/fd/%d", fd);
+        snprintf(spec, sizeof spec, "a2ats:%s,codebook=/proc/self/fd/%d", options[h.seed % 4], fd);
         use(&shape, spec);
         close(fd);
     }

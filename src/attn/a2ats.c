@@ -3,29 +3,21 @@
  *
  * Lists of the tokens of a centroid are linked from the newest to the oldest, so that truncation only unlinks heads of lists. */
 #include <math.h>
-#include <stdatomic.h>
 #include <string.h>
 
-#include "attn/policies.h"
-#include "vq/vq.h"
+#include "attn/a2ats.h"
+#include "attn/ivfpq.h"
 
-enum { TILE = 32 /* centroids scored at a time */, ROWS = 8 /* keys coded at a time */, DIMS = 64 /* of a tile, made f32 at a time */ };
-
-/* Centroids stay as they are stored: f16 ones in tiles, [tile][d][TILE], so that a tile becomes f32 in one go, where it is needed and nowhere else. */
-typedef struct a2ats_tables {
-    codebook_header header;
-    atomic_int references; /* policies that share it: of a session and its forks */
-    int64_t tiles;         /* of a head */
-    float *metric;         /* [layer][head][d][d] L L' */
-    float *half;           /* [layer][head][tiles][TILE] |C|^2 / 2 under the metric; INFINITY where there is no centroid */
-    uint16_t *f16;         /* [layer][head][tiles][d][TILE] C L^-1; or */
-    int8_t *int8;          /* [layer][head][tiles][TILE][d], */
-    float *scale, *mean;   /* [layer][head][tiles][TILE], [layer][head][d] */
-} a2ats_tables;
+/* How tokens are chosen; but for the budget as other policies have it (attn/scored.h), estimated weights being those of the tokens' centroids. */
+typedef struct a2ats_options {
+    double budget; /* share of the far tokens, of each head, rounded down as in the paper */
+    double threshold, mass, max, shared, tail;
+} a2ats_options;
 
 typedef struct a2ats {
     attn_policy base;
-    double budget;
+    a2ats_options options;
+    attn_policy *inner; /* the ivfpq of the tail, or NULL */
     a2ats_tables *tables;
     int64_t capacity; /* far tokens that there is room for */
     int32_t *newest;  /* [layer][head][n_centroids] far token, -1: none */
@@ -45,134 +37,6 @@ void attn_rotate(const attn_rope *rope, const math_kernels *kernels, int64_t by,
     if (rope->n_rot) kernels->vector->rope(x, cs, rope->n_rot, rope->halves);
 }
 
-/* ---- tables ---- */
-
-static void tables_release(a2ats_tables *t)
-{
-    if (!t || atomic_fetch_sub(&t->references, 1) > 1) return;
-    void *const arrays[] = {t->metric, t->half, t->f16, t->int8, t->scale, t->mean, t};
-    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) memory_free(arrays[i]);
-}
-
-static size_t tables_bytes(const a2ats_tables *t)
-{
-    const size_t heads = (size_t)t->header.n_layer * (size_t)t->header.n_head_kv, d = (size_t)t->header.head_dim;
-    const size_t k = (size_t)t->tiles * TILE, stored = t->f16 ? k * d * sizeof *t->f16 : k * d + (k + d) * sizeof(float);
-    return sizeof *t + heads * (stored + (d * d + k) * sizeof(float));
-}
-
-/* out[n][stride] from centroid TILE * tile on = products of q[n][d] with a tile of the head's centroids. */
-static void score_tile(const a2ats_tables *t, const math_kernels *kernels, size_t at, int64_t tile, const float *q, int64_t n, float *out,
-                       int64_t stride)
-{
-    const int64_t d = t->header.head_dim, first = (int64_t)at * t->tiles + tile;
-    if (t->int8) {
-        float bias[ATTN_MAX_GROUP];
-        for (int64_t i = 0; i < n; i++) bias[i] = kernels->vector->dot(q + i * d, t->mean + (int64_t)at * d, d);
-        kernels->retrieval->dot_i8(q, (int)n, (int)d, t->int8 + first * TILE * d, t->scale + first * TILE, bias, TILE, out, stride);
-        return;
-    }
-    for (int64_t i = 0; i < d; i += DIMS) {
-        float part[DIMS * TILE];
-        const int64_t dims = d - i < DIMS ? d - i : DIMS;
-        kernels->vector->from_f16(t->f16 + (first * d + i) * TILE, dims * TILE, part);
-        kernels->retrieval->product(q + i, d, 1, part, TILE, out, stride, n, TILE, dims, i > 0);
-    }
-}
-
-static quarry_code check_model(const codebook_header *h, const attn_shape *shape, const char *path, quarry_error *error)
-{
-    if (h->fingerprint != shape->fingerprint)
-        return error_set(error, QUARRY_ERROR_ARGUMENT,
-                         "%s was calibrated for another model (fingerprint %016llx, this model's is %016llx); run 'quarry calibrate'", path,
-                         (unsigned long long)h->fingerprint, (unsigned long long)shape->fingerprint);
-    if (h->n_layer != shape->kv.n_layer || h->n_head_kv != shape->kv.n_head_kv || h->head_dim != shape->kv.head_dim)
-        return error_set(error, QUARRY_ERROR_ARGUMENT, "%s is for %d layers of %d KV heads of %d, this model has %d of %d of %d", path,
-                         h->n_layer, h->n_head_kv, h->head_dim, shape->kv.n_layer, shape->kv.n_head_kv, shape->kv.head_dim);
-    return QUARRY_OK;
-}
-
-/* What a record is turned into; all memory is there, padding is zero. work[2 k d + d d] */
-static void make_head(a2ats_tables *t, const math_kernels *kernels, size_t at, const codebook_head *head, float *work)
-{
-    const int64_t d = t->header.head_dim, k = t->header.n_centroids, first = (int64_t)at * t->tiles;
-    float *rows = work, *whitened = rows + k * d, *transposed = whitened + k * d, *half = t->half + first * TILE;
-    vq_transpose(head->lower, d, d, (int)d, transposed, d);
-    kernels->retrieval->product(head->lower, d, 1, transposed, d, t->metric + (int64_t)at * d * d, d, d, d, d, false);
-    codebook_expand(&t->header, kernels, head, rows);
-    kernels->retrieval->product(rows, d, 1, t->metric + (int64_t)at * d * d, d, whitened, d, k, d, d, false);
-    for (int64_t j = 0; j < t->tiles * TILE; j++) half[j] = j < k ? kernels->vector->dot(rows + j * d, whitened + j * d, d) / 2 : INFINITY;
-    if (t->int8) {
-        memcpy(t->int8 + first * TILE * d, head->int8, (size_t)(k * d));
-        memcpy(t->scale + first * TILE, head->scale, (size_t)k * sizeof *t->scale);
-        memcpy(t->mean + (int64_t)at * d, head->mean, (size_t)d * sizeof *t->mean);
-        return;
-    }
-    for (int64_t j = 0; j < k; j++)
-        for (int64_t i = 0; i < d; i++) t->f16[(first * d + j / TILE * d + i) * TILE + j % TILE] = head->f16[j * d + i];
-}
-
-static bool tables_allocate(a2ats_tables *t, quarry_error *error)
-{
-    const size_t heads = (size_t)t->header.n_layer * (size_t)t->header.n_head_kv, d = (size_t)t->header.head_dim;
-    const size_t cells = (size_t)t->tiles * TILE;
-    t->metric = memory_aligned(heads, d * d * sizeof *t->metric, "codebook", error);
-    t->half = t->metric ? memory_aligned(heads, cells * sizeof *t->half, "codebook", error) : NULL;
-    if (!t->half) return false;
-    if (t->header.type == CODEBOOK_F16) return (t->f16 = memory_zero(heads, cells * d * sizeof *t->f16, "codebook", error)) != NULL;
-    t->int8 = memory_zero(heads, cells * d, "codebook", error);
-    t->scale = t->int8 ? memory_zero(heads, cells * sizeof *t->scale, "codebook", error) : NULL;
-    t->mean = t->scale ? memory_zero(heads, d * sizeof *t->mean, "codebook", error) : NULL;
-    return t->mean != NULL;
-}
-
-static quarry_code read_records(a2ats_tables *t, const math_kernels *kernels, const uint8_t *bytes, size_t n_bytes, const char *path,
-                                quarry_error *error)
-{
-    const codebook_header *h = &t->header;
-    const size_t heads = (size_t)h->n_layer * (size_t)h->n_head_kv, record = codebook_record_bytes(h), d = (size_t)h->head_dim;
-    if (n_bytes != CODEBOOK_HEADER + heads * record)
-        return error_set(error, QUARRY_ERROR_FORMAT, "%s: damaged codebook: %zu bytes, %zu expected", path, n_bytes,
-                         CODEBOOK_HEADER + heads * record);
-    t->tiles = (h->n_centroids + TILE - 1) / TILE;
-    if (!tables_allocate(t, error)) return QUARRY_ERROR_MEMORY;
-    codebook_head head = {.lower = memory_alloc(d * d, sizeof(float), "codebook", error)};
-    void *stored = head.lower ? memory_alloc(codebook_centroid_bytes(h), 1, "codebook", error) : NULL;
-    float *work = stored ? memory_alloc(2 * (size_t)h->n_centroids * d + d * d, sizeof *work, "codebook", error) : NULL;
-    quarry_code code = work ? QUARRY_OK : QUARRY_ERROR_MEMORY;
-    if (stored) codebook_head_place(h, stored, &head);
-    for (size_t i = 0; i < heads && code == QUARRY_OK; i++) {
-        if (codebook_record_parse(h, bytes + CODEBOOK_HEADER + i * record, &head))
-            make_head(t, kernels, i, &head, work);
-        else
-            code = error_set(error, QUARRY_ERROR_FORMAT, "%s: damaged codebook: the checksum of layer %zu, head %zu is wrong", path,
-                             i / (size_t)h->n_head_kv, i % (size_t)h->n_head_kv);
-    }
-    memory_free(head.lower);
-    memory_free(stored);
-    memory_free(work);
-    return code;
-}
-
-static a2ats_tables *tables_read(const char *path, const attn_shape *shape, const math_kernels *kernels, quarry_error *error)
-{
-    size_t n_bytes = 0;
-    char *bytes = file_read_all(path, &n_bytes, error);
-    a2ats_tables *t = bytes ? memory_zero(1, sizeof *t, "codebook", error) : NULL;
-    if (t) {
-        atomic_init(&t->references, 1);
-        quarry_code code = codebook_header_parse(&t->header, (const uint8_t *)bytes, n_bytes, path, error);
-        if (code == QUARRY_OK) code = check_model(&t->header, shape, path, error);
-        if (code == QUARRY_OK) code = read_records(t, kernels, (const uint8_t *)bytes, n_bytes, path, error);
-        if (code != QUARRY_OK) {
-            tables_release(t);
-            t = NULL;
-        }
-    }
-    memory_free(bytes);
-    return t;
-}
-
 /* ---- the state ---- */
 
 static size_t n_heads(const a2ats *p)
@@ -188,7 +52,8 @@ static size_t head_index(const a2ats *p, int layer, int head)
 static void a2ats_destroy(attn_policy *policy)
 {
     a2ats *p = (a2ats *)policy;
-    tables_release(p->tables);
+    attn_policy_destroy(p->inner);
+    a2ats_tables_release(p->tables);
     memory_free(p->newest);
     memory_free(p->count);
     memory_free(p->code);
@@ -197,15 +62,16 @@ static void a2ats_destroy(attn_policy *policy)
 }
 
 /* Takes over tables, also when it fails. */
-static a2ats *a2ats_new(const attn_shape *shape, const math_kernels *kernels, double budget, a2ats_tables *tables, quarry_error *error)
+static a2ats *a2ats_new(const attn_shape *shape, const math_kernels *kernels, const a2ats_options *options, a2ats_tables *tables,
+                        quarry_error *error)
 {
     a2ats *p = memory_zero(1, sizeof *p, "retrieval policy", error);
     if (!p) {
-        tables_release(tables);
+        a2ats_tables_release(tables);
         return NULL;
     }
     p->base = (attn_policy){.type = &attn_a2ats, .shape = *shape, .kernels = kernels, .n_far = ATTN_SINKS};
-    p->budget = budget;
+    p->options = *options;
     p->tables = tables;
     const size_t cells = n_heads(p) * (size_t)tables->header.n_centroids;
     p->newest = memory_alloc(cells, sizeof *p->newest, "retrieval policy", error);
@@ -220,10 +86,12 @@ static a2ats *a2ats_new(const attn_shape *shape, const math_kernels *kernels, do
 
 static attn_policy *a2ats_create(const attn_shape *shape, const math_kernels *kernels, const char *spec, quarry_error *error)
 {
-    double budget = 0.03;
+    a2ats_options o = {.budget = 0.03, .max = 0.3};
     char path[ATTN_OPTION_TEXT] = "";
-    const attn_option table[] = {{"codebook", path, 0, 0}, {"budget", &budget, 0, 1}};
-    if (attn_options_parse("a2ats", spec, table, 2, error) != QUARRY_OK) return NULL;
+    const attn_option table[] = {{"codebook", path, 0, 0}, {"budget", &o.budget, 0, 1}, {"threshold", &o.threshold, 0, 1},
+                                 {"mass", &o.mass, 0, 1},  {"max", &o.max, 0, 1},       {"shared", &o.shared, 0, 1},
+                                 {"tail", &o.tail, 0, 1}};
+    if (attn_options_parse("a2ats", spec, table, sizeof table / sizeof *table, error) != QUARRY_OK) return NULL;
     if (!*path) {
         error_set(error, QUARRY_ERROR_ARGUMENT, "policy a2ats needs codebook=FILE, a file that 'quarry calibrate' makes");
         return NULL;
@@ -233,9 +101,13 @@ static attn_policy *a2ats_create(const attn_shape *shape, const math_kernels *ke
                   ATTN_MAX_GROUP);
         return NULL;
     }
-    a2ats_tables *tables = tables_read(path, shape, kernels, error);
-    a2ats *p = tables ? a2ats_new(shape, kernels, budget, tables, error) : NULL;
-    return p ? &p->base : NULL;
+    a2ats_tables *tables = a2ats_tables_read(path, shape, kernels, error);
+    a2ats *p = tables ? a2ats_new(shape, kernels, &o, tables, error) : NULL;
+    if (!p || o.tail == 0) return p ? &p->base : NULL;
+    p->inner = attn_ivfpq.create(shape, kernels, "", error);
+    if (p->inner) return &p->base;
+    a2ats_destroy(&p->base);
+    return NULL;
 }
 
 /* Room for n far tokens in every head; on failure nothing changed. */
@@ -265,8 +137,12 @@ static attn_policy *a2ats_fork(const attn_policy *policy, quarry_error *error)
 {
     const a2ats *from = (const a2ats *)policy;
     atomic_fetch_add(&from->tables->references, 1);
-    a2ats *p = a2ats_new(&from->base.shape, from->base.kernels, from->budget, from->tables, error);
+    a2ats *p = a2ats_new(&from->base.shape, from->base.kernels, &from->options, from->tables, error);
     if (!p) return NULL;
+    if (from->inner && !(p->inner = from->inner->type->fork(from->inner, error))) {
+        a2ats_destroy(&p->base);
+        return NULL;
+    }
     const size_t cells = n_heads(p) * (size_t)p->tables->header.n_centroids;
     if (from->capacity) {
         p->code = memory_alloc(n_heads(p) * (size_t)from->capacity, sizeof *p->code, "codes of keys", error);
@@ -288,52 +164,36 @@ static attn_policy *a2ats_fork(const attn_policy *policy, quarry_error *error)
     return &p->base;
 }
 
-static quarry_code a2ats_reserve(attn_policy *policy, int64_t n, quarry_error *error)
+static void a2ats_observe(attn_policy *policy, int layer, int head, const float *q, int64_t first, int64_t n)
 {
-    return grow((a2ats *)policy, policy->n_far - ATTN_SINKS + n, error);
+    attn_policy *inner = ((a2ats *)policy)->inner;
+    if (inner) inner->type->observe(inner, layer, head, q, first, n);
 }
 
-/* nearest[n] of keys[n][d], n <= ROWS, under the metric M: the largest x M c - c M c / 2, which takes no centroids but those that score. */
-static void code_keys(const a2ats_tables *t, const math_kernels *kernels, size_t at, const float *keys, int64_t n, int32_t *nearest)
+static quarry_code a2ats_reserve(attn_policy *policy, int64_t n, quarry_error *error)
 {
-    const int64_t d = t->header.head_dim;
-    const float *half = t->half + (int64_t)at * t->tiles * TILE;
-    float turned[ROWS * 1024], score[ROWS * TILE], best[ROWS];
-    kernels->retrieval->product(keys, d, 1, t->metric + (int64_t)at * d * d, d, turned, d, n, d, d, false);
-    for (int64_t i = 0; i < n; i++) {
-        nearest[i] = 0;
-        best[i] = -INFINITY;
-    }
-    for (int64_t tile = 0; tile < t->tiles; tile++) {
-        score_tile(t, kernels, at, tile, turned, n, score, TILE);
-        for (int64_t i = 0; i < n; i++)
-            for (int64_t j = 0; j < TILE; j++) {
-                const float x = score[i * TILE + j] - half[tile * TILE + j];
-                if (!(x > best[i])) continue;
-                best[i] = x;
-                nearest[i] = (int32_t)(tile * TILE + j);
-            }
-    }
+    a2ats *p = (a2ats *)policy;
+    const quarry_code code = grow(p, policy->n_far - ATTN_SINKS + n, error);
+    return code == QUARRY_OK && p->inner ? p->inner->type->reserve(p->inner, n, error) : code;
 }
 
 static void a2ats_append(attn_policy *policy, int layer, int head, const kv_seq *kv, int64_t n, arena *scratch)
 {
-    (void)scratch;
     a2ats *p = (a2ats *)policy;
     const a2ats_tables *t = p->tables;
     const int64_t d = t->header.head_dim;
     const size_t at = head_index(p, layer, head), k = (size_t)t->header.n_centroids;
     uint16_t *code = p->code + at * (size_t)p->capacity;
     int32_t *next = p->next + at * (size_t)p->capacity, *newest = p->newest + at * k, *count = p->count + at * k;
-    for (int64_t first = policy->n_far, end = first + n; first < end; first += ROWS) {
-        const int64_t rows = end - first < ROWS ? end - first : ROWS;
-        float keys[ROWS * 1024];
-        int32_t nearest[ROWS];
+    for (int64_t first = policy->n_far, end = first + n; first < end; first += A2ATS_ROWS) {
+        const int64_t rows = end - first < A2ATS_ROWS ? end - first : A2ATS_ROWS;
+        float keys[A2ATS_ROWS * 1024];
+        int32_t nearest[A2ATS_ROWS];
         for (int64_t i = 0; i < rows; i++) {
             kv_read_key(p->base.kernels, kv_row(kv, layer, head, first + i), &policy->shape.kv, keys + i * d);
             if (!t->header.exact_rope) attn_rotate(&policy->shape.rope, p->base.kernels, -(first + i), keys + i * d);
         }
-        code_keys(t, p->base.kernels, at, keys, rows, nearest);
+        a2ats_tables_code(t, p->base.kernels, at, keys, rows, nearest);
         for (int64_t i = 0; i < rows; i++) {
             const int64_t far = first + i - ATTN_SINKS;
             code[far] = (uint16_t)nearest[i];
@@ -342,11 +202,32 @@ static void a2ats_append(attn_policy *policy, int layer, int head, const kv_seq 
             count[nearest[i]]++;
         }
     }
+    if (p->inner) p->inner->type->append(p->inner, layer, head, kv, n, scratch);
 }
 
-static void a2ats_commit(attn_policy *p, int64_t n)
+static void a2ats_commit(attn_policy *policy, int64_t n)
 {
-    p->n_far += n;
+    attn_policy *inner = ((a2ats *)policy)->inner;
+    policy->n_far += n;
+    if (inner) inner->type->commit(inner, n);
+}
+
+static quarry_code a2ats_reserve_seal(attn_policy *policy, quarry_error *error)
+{
+    attn_policy *inner = ((a2ats *)policy)->inner;
+    return inner ? inner->type->reserve_seal(inner, error) : QUARRY_OK;
+}
+
+static void a2ats_seal(attn_policy *policy, int layer, int head, const kv_seq *kv, arena *scratch)
+{
+    attn_policy *inner = ((a2ats *)policy)->inner;
+    if (inner) inner->type->seal(inner, layer, head, kv, scratch);
+}
+
+static void a2ats_commit_seal(attn_policy *policy)
+{
+    attn_policy *inner = ((a2ats *)policy)->inner;
+    if (inner) inner->type->commit_seal(inner);
 }
 
 static void a2ats_truncate(attn_policy *policy, int64_t n)
@@ -361,12 +242,14 @@ static void a2ats_truncate(attn_policy *policy, int64_t n)
             p->count[cell]--;
         }
     if (end < policy->n_far) policy->n_far = end;
+    if (p->inner) p->inner->type->truncate(p->inner, end);
 }
 
 static size_t a2ats_bytes(const attn_policy *policy)
 {
     const a2ats *p = (const a2ats *)policy;
-    return sizeof *p + n_heads(p) * ((size_t)p->capacity * 6 + (size_t)p->tables->header.n_centroids * 8) + tables_bytes(p->tables);
+    const size_t lists = n_heads(p) * ((size_t)p->capacity * 6 + (size_t)p->tables->header.n_centroids * 8);
+    return sizeof *p + lists + a2ats_tables_bytes(p->tables) + (p->inner ? p->inner->type->bytes(p->inner) : 0);
 }
 
 /* ---- select ---- */
@@ -387,66 +270,157 @@ static void sift(const float *score, int32_t *heap, int64_t n, int64_t i)
     }
 }
 
-/* The first `wanted` far tokens in order of score, then centroid, then from the newest; those not marked yet are marked and added to out. Returns how many list entries it walked. */
-static int64_t take_best(const a2ats *p, size_t at, const float *score, int64_t wanted, int32_t *heap, uint64_t *marks, attn_selection *out)
+/* Where a walk along the ranked tokens ends: after `least`, or later, before `most`, as long as tokens have the score `light` or those walked hold
+ * less than `mass`, scores then being log weights. */
+typedef struct walk {
+    int64_t least, most;
+    float light;
+    double mass;
+} walk;
+
+/* Far tokens in order of score, then centroid, then from the newest; those not marked yet are marked and added to out. Returns how many list
+ * entries it walked. */
+static int64_t take_best(const a2ats *p, size_t at, const float *score, const walk *w, int32_t *heap, uint64_t *marks, attn_selection *out)
 {
     const int32_t k = p->tables->header.n_centroids;
     const int32_t *newest = p->newest + at * (size_t)k, *next = p->next + at * (size_t)p->capacity;
-    int64_t n = 0, left = wanted;
+    int64_t n = 0, walked = 0;
+    double held = 0;
     for (int32_t j = 0; j < k; j++)
         if (newest[j] >= 0) heap[n++] = j;
     for (int64_t i = n / 2 - 1; i >= 0; i--) sift(score, heap, n, i);
-    for (; n > 0 && left > 0; heap[0] = heap[--n], sift(score, heap, n, 0))
-        for (int32_t token = newest[heap[0]]; token >= 0 && left > 0; token = next[token - ATTN_SINKS], left--) {
+    for (; n > 0; heap[0] = heap[--n], sift(score, heap, n, 0)) {
+        const float best = score[heap[0]];
+        const double share = w->mass > 0 ? exp((double)best) : 0;
+        for (int32_t token = newest[heap[0]]; token >= 0; token = next[token - ATTN_SINKS], walked++, held += share) {
+            if (walked >= w->least && (walked >= w->most || (best < w->light && held >= w->mass))) return walked;
             const uint64_t bit = 1ULL << (token & 63);
             if (marks[token >> 6] & bit) continue;
             marks[token >> 6] |= bit;
             out->ids[out->n++] = token;
         }
-    return wanted - left;
+    }
+    return walked;
+}
+
+/* A head's scores of centroids become log weights of their tokens: of all, the near rows included, whose share it returns. */
+static double weigh(const a2ats *p, size_t at, float *score, float near_max, float near_sum)
+{
+    const size_t k = (size_t)p->tables->header.n_centroids;
+    const int32_t *count = p->count + at * k;
+    float top = near_max;
+    for (size_t j = 0; j < k; j++) {
+        score[j] *= p->base.shape.scale;
+        if (count[j] && score[j] > top) top = score[j];
+    }
+    const double near = (double)near_sum * exp((double)(near_max - top));
+    double all = near;
+    for (size_t j = 0; j < k; j++)
+        if (count[j]) all += count[j] * exp((double)(score[j] - top));
+    const float log_all = top + (float)log(all);
+    for (size_t j = 0; j < k; j++) score[j] -= log_all;
+    return near / all;
+}
+
+/* scores[group][stride] of the query, as if every far token stood at one distance from it. */
+static bool score_centroids(const a2ats *p, size_t at, const float *q, int64_t pos, int64_t group, float *scores, arena *scratch,
+                            quarry_error *error)
+{
+    const a2ats_tables *t = p->tables;
+    const int64_t d = t->header.head_dim;
+    float *turned = arena_alloc(scratch, (size_t)(group * d), sizeof *turned, error);
+    if (!turned) return false;
+    memcpy(turned, q, (size_t)(group * d) * sizeof *q);
+    for (int64_t g = 0; g < group && !t->header.exact_rope; g++)
+        attn_rotate(&p->base.shape.rope, p->base.kernels, t->header.distance - pos, turned + g * d);
+    a2ats_tables_score(t, p->base.kernels, at, turned, group, scores);
+    return true;
+}
+
+/* Walks for each head, or one for all. Returns how many list entries were walked. */
+static int64_t choose(const a2ats *p, size_t at, int64_t group, float *scores, const attention_state *near, const walk *budget,
+                      int32_t *heap, uint64_t *marks, attn_selection *out)
+{
+    const a2ats_options *o = &p->options;
+    const int64_t stride = p->tables->tiles * A2ATS_TILE, k = p->tables->header.n_centroids;
+    const bool by_mass = o->mass > 0, shared = o->shared != 0 && !by_mass, weighed = by_mass || shared || o->threshold > 0;
+    int64_t walked = 0;
+    for (int64_t g = 0; g < group; g++) {
+        float *score = scores + g * stride;
+        walk w = *budget;
+        const double near_mass = weighed ? weigh(p, at, score, near->m[g], near->l[g]) : 0;
+        if (by_mass) w.mass = o->mass - near_mass;
+        if (!shared)
+            walked += take_best(p, at, score, &w, heap, marks, out);
+        else
+            for (int64_t j = 0; j < k; j++) scores[j] = fmaxf(scores[j], score[j]);
+    }
+    return shared ? take_best(p, at, scores, budget, heap, marks, out) : walked;
 }
 
 static quarry_code a2ats_select(const attn_policy *policy, int layer, int head, const kv_seq *kv, const float *q, int64_t pos,
                                 const attention_state *near, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error)
 {
-    (void)kv, (void)near;
+    (void)kv;
     const a2ats *p = (const a2ats *)policy;
+    const a2ats_options *o = &p->options;
     const a2ats_tables *t = p->tables;
-    const int64_t d = t->header.head_dim, k = t->header.n_centroids, stride = t->tiles * TILE;
-    const int64_t group = policy->shape.n_head / policy->shape.kv.n_head_kv;
-    const int64_t far = policy->n_far - ATTN_SINKS, wanted = (int64_t)(p->budget * (double)far);
+    const int64_t k = t->header.n_centroids, stride = t->tiles * A2ATS_TILE, group = policy->shape.n_head / policy->shape.kv.n_head_kv;
+    const int64_t far = policy->n_far - ATTN_SINKS;
+    const bool by_mass = o->mass > 0, by_weight = !by_mass && o->threshold > 0;
     const size_t at = head_index(p, layer, head), words = (size_t)(policy->n_far + 63) / 64;
-    *out = (attn_selection){0};
-    if (wanted <= 0) return QUARRY_OK;
-    const int64_t most = wanted * group < far ? wanted * group : far;
-    out->ids = arena_alloc(scratch, (size_t)most, sizeof *out->ids, error);
-    float *rotated = arena_alloc(scratch, (size_t)(group * (d + stride)), sizeof *rotated, error), *score = rotated + group * d;
+    const walk budget = {.least = by_mass ? 0 : (int64_t)(o->budget * (double)far),
+                         .most = by_mass || by_weight ? (int64_t)(o->max * (double)far) : 0,
+                         .light = by_weight ? logf((float)o->threshold) : INFINITY};
+    *out = (attn_selection){.all = far == 0};
+    if (far == 0 || (budget.least == 0 && budget.most == 0 && !p->inner)) return QUARRY_OK;
+    out->ids = arena_alloc(scratch, (size_t)far, sizeof *out->ids, error);
+    float *scores = arena_alloc(scratch, (size_t)(group * stride), sizeof *scores, error);
     int32_t *heap = arena_alloc(scratch, (size_t)k, sizeof *heap, error);
     uint64_t *marks = arena_alloc(scratch, words, sizeof *marks, error);
-    if (!out->ids || !rotated || !heap || !marks) return QUARRY_ERROR_MEMORY;
+    if (!out->ids || !scores || !heap || !marks) return QUARRY_ERROR_MEMORY;
     memset(marks, 0, words * sizeof *marks);
-    memcpy(rotated, q, (size_t)(group * d) * sizeof *q);
-    for (int64_t g = 0; g < group && !t->header.exact_rope; g++)
-        attn_rotate(&policy->shape.rope, policy->kernels, t->header.distance - pos, rotated + g * d);
-    for (int64_t tile = 0; tile < t->tiles; tile++) score_tile(t, policy->kernels, at, tile, rotated, group, score + tile * TILE, stride);
-    for (int64_t g = 0; g < group; g++)
-        cost->index_bytes += take_best(p, at, score + g * stride, wanted, heap, marks, out) * (int64_t)sizeof *p->next;
+    if (!score_centroids(p, at, q, pos, group, scores, scratch, error)) return QUARRY_ERROR_MEMORY;
+    cost->index_bytes += choose(p, at, group, scores, near, &budget, heap, marks, out) * (int64_t)sizeof *p->next;
     cost->table_bytes += (int64_t)codebook_centroid_bytes(&t->header) + k * (int64_t)sizeof *p->newest;
-    return QUARRY_OK;
+    if (by_mass || by_weight || o->shared != 0) cost->table_bytes += k * (int64_t)sizeof *p->count;
+    if (!p->inner) return QUARRY_OK;
+    int32_t *ids = out->ids; /* ascending, as the tail wants them */
+    int64_t n = 0;
+    for (int64_t token = ATTN_SINKS; token < policy->n_far; token++)
+        if (marks[token >> 6] >> (token & 63) & 1) ids[n++] = (int32_t)token;
+    return ivfpq_cover(p->inner, layer, head, q, near, ids, n, scratch, out, cost, error);
+}
+
+static void a2ats_tail(const attn_policy *policy, int layer, int head, const float *q, const attn_selection *sel, const float *scores,
+                       const void *const *rows, arena *scratch, attention_state *state, attn_cost *cost)
+{
+    const a2ats *p = (const a2ats *)policy;
+    if (p->inner) ivfpq_tail(p->inner, layer, head, q, sel, scores, rows, scratch, state, cost);
 }
 
 const attn_policy_type attn_a2ats = {
     .name = "a2ats",
     .summary = "reads the best far tokens of each query head by calibrated codes of keys before RoPE, drops the rest (arXiv 2502.12665)",
     .options = "codebook=FILE    what 'quarry calibrate' made for this model; needed\n"
-               "budget=0.03      share of the far tokens that each query head reads\n",
+               "budget=0.03      share of the far tokens that is read\n"
+               "threshold=0      and all of at least this estimated attention weight (0: off)\n"
+               "mass=0           instead of a budget: as many as this share of each head's estimated mass needs (0: off)\n"
+               "max=0.3          with either, not more than this share\n"
+               "shared=0         1: one choice for the group, by the largest weight over its heads; 0: each head's own, together\n"
+               "tail=0           1: estimate the unread, as ivfpq does\n",
     .create = a2ats_create,
     .destroy = a2ats_destroy,
     .fork = a2ats_fork,
+    .observe = a2ats_observe,
     .reserve = a2ats_reserve,
     .append = a2ats_append,
     .commit = a2ats_commit,
+    .reserve_seal = a2ats_reserve_seal,
+    .seal = a2ats_seal,
+    .commit_seal = a2ats_commit_seal,
     .select = a2ats_select,
+    .tail = a2ats_tail,
     .truncate = a2ats_truncate,
     .bytes = a2ats_bytes,
 };
