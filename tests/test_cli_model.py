@@ -4,6 +4,7 @@
 A tiny random one from the folder that the environment variable QUARRY_TINY_MODELS names, of which nothing is expected to make sense; what
 makes sense is asked of the model that QUARRY_TEST_MODEL names."""
 import json
+import math
 import os
 import pathlib
 import pty
@@ -372,6 +373,26 @@ class CliModel(unittest.TestCase):
         pathlib.Path(path("questions.jsonl")).write_text(json.dumps(questions[0]) + '\n{"question": "Who?"}')
         self.assertRegex(quarry(*doc).stderr, r"^quarry: .*questions\.jsonl: line 2: has neither .*\n$")
         self.assertEqual(quarry(*doc[:-4]).returncode, 2)
+
+    def test_perplexity_goes_on_from_a_journal(self):
+        journal = os.path.join(self.folder.name, "ppl.journal")
+        ppl = ["eval", "ppl", "-q", "--attn", "window", "-c", "300", "-n", "10", "--samples", "2", "-f", self.long_document, "--journal", journal]
+        result = quarry(*ppl, "--json")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        page = json.loads(result.stdout)
+        self.assertEqual((page["command"], page["parameters"]["depth"]), ("eval ppl", 289))
+        for r in page["results"]:
+            self.assertEqual((r["n"], r["samples"]), (20, 2))
+            self.assertAlmostEqual(math.log(r["perplexity"]), r["nll"])
+            self.assertGreater(r["nll_error"], 0)
+        lines = pathlib.Path(journal).read_text().splitlines(True)
+        self.assertEqual(len(lines), 3)
+        pathlib.Path(journal).write_text("".join(lines[:2]))  # as if stopped after the first window
+        self.assertEqual(quarry(*ppl, "--json").stdout, result.stdout)
+        self.assertIn("last 10 tokens of 2 windows of 300", quarry(*ppl).stdout)
+        self.assertIn("eval ppl -c 300", page["line"])
+        self.assertEqual(quarry(*ppl, "--samples", "3").returncode, 1)
+        self.assertIn("long.txt: has", quarry(*ppl[:-2], "-c", "60000", "-n", "9").stderr)
 
 
 @unittest.skipUnless(REAL_MODEL, "QUARRY_TEST_MODEL is not set")

@@ -145,6 +145,7 @@ static void every_figure_equals_a_naive_computation(void **state)
         near(r[i + 1].kld.steps.mean, kld, 1e-5);
         near(r[i + 1].dnll.steps.mean, dnll, 1e-5);
         near(log(r[i + 1].perplexity), nll, 1e-5);
+        near(r[i + 1].nll.steps.mean, nll, 1e-5);
         near(r[i + 1].agreement, (double)h.agreed / STEPS, 1e-12);
         near(r[i + 1].mass, all.mass / (double)all.n_mass, 1e-4);
         if (all.n_recall)
@@ -209,6 +210,71 @@ static void the_answer_ends_with_its_digits(void **state)
     assert_int_equal(n, strlen(text));
     assert_string_equal(text + n - NEEDLE_DIGITS, "7316402");
     assert_non_null(strstr(text, "copper-lantern"));
+}
+
+/* ---- perplexity ---- */
+
+static kld_result measure_one(const fixture *f, const kld_params *params)
+{
+    kld_result r[2];
+    quarry_error error = {0};
+    if (kld_measure(f->model, params, NULL, r, &error) != QUARRY_OK) fail_msg("%s", error.message);
+    return r[1];
+}
+
+static void windows_follow_each_other_through_every_text(void **state)
+{
+    const fixture *f = *state;
+    static const char *const attn[] = {"window"};
+    const eval_text texts[] = {{"first", f->tokens, 330}, {"second", f->tokens + 400, 210}}; /* three windows and one, and what is left */
+    kld_params params = {.attn = attn, .n_attn = 1, .texts = texts, .n_texts = 2};
+    quarry_error error = {0};
+    assert_int_equal(ppl_windows(&params, 110, 0, 0, &error), QUARRY_OK);
+    assert_int_equal(params.depth, 55); /* llama-perplexity: of a window of n, tokens n / 2 + 1 to n - 1 are scored */
+    assert_int_equal(params.n_steps, 54);
+    assert_int_equal(params.samples, 4);
+    const kld_result all = measure_one(f, &params);
+    assert_int_equal(all.n_samples, 4);
+    assert_int_equal(all.nll.steps.n, 4 * 54);
+    const int32_t *const begins[] = {f->tokens, f->tokens + 110, f->tokens + 220, f->tokens + 400};
+    double nll = 0;
+    for (int i = 0; i < 4; i++) {
+        const eval_text window = {"window", begins[i], 110};
+        kld_params one = {.attn = attn, .n_attn = 1, .texts = &window, .n_texts = 1};
+        assert_int_equal(ppl_windows(&one, 110, 0, 0, &error), QUARRY_OK);
+        nll += measure_one(f, &one).nll.steps.mean / 4;
+    }
+    near(all.nll.steps.mean, nll, 1e-12);
+    near(all.perplexity, exp(nll), 1e-9);
+}
+
+static void scored_tokens_are_the_last_of_a_window(void **state)
+{
+    const fixture *f = *state;
+    static const char *const attn[] = {"full"};
+    kld_params params = {.attn = attn, .n_attn = 1, .texts = &f->text, .n_texts = 1}, direct = params;
+    quarry_error error = {0};
+    assert_int_equal(ppl_windows(&params, 120, 8, 3, &error), QUARRY_OK);
+    direct.depth = 111;
+    direct.n_steps = 8;
+    direct.samples = 3;
+    const kld_result a = measure_one(f, &params), b = measure_one(f, &direct);
+    assert_int_equal(a.nll.steps.n, 24);
+    assert_true(a.nll.steps.mean == b.nll.steps.mean && a.dnll.steps.max == 0);
+}
+
+static void windows_that_cannot_be_are_refused(void **state)
+{
+    const fixture *f = *state;
+    const eval_text text = {"short.txt", f->tokens, 100};
+    kld_params params = {.texts = &text, .n_texts = 1};
+    quarry_error error = {0};
+    assert_int_equal(ppl_windows(&params, 101, 0, 0, &error), QUARRY_ERROR_ARGUMENT);
+    assert_non_null(strstr(error.message, "short.txt"));
+    assert_int_equal(ppl_windows(&params, 100, 99, 0, &error), QUARRY_ERROR_ARGUMENT);
+    assert_int_equal(ppl_windows(&params, 2, 0, 0, &error), QUARRY_ERROR_ARGUMENT);
+    assert_int_equal(ppl_windows(&params, 100, 98, 0, &error), QUARRY_OK);
+    assert_int_equal(params.depth, 1);
 }
 
 /* ---- journals ---- */
@@ -297,9 +363,11 @@ static void a_record_of_something_else_is_refused(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(every_figure_equals_a_naive_computation),          cmocka_unit_test(what_is_read_adds_up),
-        cmocka_unit_test(needles_are_the_digits_of_the_right_answer),       cmocka_unit_test(the_answer_ends_with_its_digits),
-        cmocka_unit_test(a_stopped_measurement_goes_on_to_the_same_result), cmocka_unit_test(a_record_of_something_else_is_refused),
+        cmocka_unit_test(every_figure_equals_a_naive_computation),      cmocka_unit_test(what_is_read_adds_up),
+        cmocka_unit_test(needles_are_the_digits_of_the_right_answer),   cmocka_unit_test(the_answer_ends_with_its_digits),
+        cmocka_unit_test(windows_follow_each_other_through_every_text), cmocka_unit_test(scored_tokens_are_the_last_of_a_window),
+        cmocka_unit_test(windows_that_cannot_be_are_refused),           cmocka_unit_test(a_stopped_measurement_goes_on_to_the_same_result),
+        cmocka_unit_test(a_record_of_something_else_is_refused),
     };
     return cmocka_run_group_tests(tests, open_model, close_model);
 }

@@ -73,7 +73,7 @@ typedef struct cli_command {
 } cli_command;
 
 extern const cli_command command_ask, command_run, command_info, command_tokenize, command_eval_kld, command_eval_needle,
-    command_eval_ruler, command_eval_doc, command_eval_report, command_bench, command_calibrate;
+    command_eval_ruler, command_eval_doc, command_eval_ppl, command_eval_report, command_bench, command_calibrate;
 
 /* Parses argv[n] (after the command's name) and runs the command; --help prints instead. -h/--help is understood by every command. */
 int cli_command_main(const cli_command *command, int n, char **argv);

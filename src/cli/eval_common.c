@@ -142,6 +142,18 @@ json_t *eval_json_summary(const metric_summary *s)
                      "median", s->median, "p99", s->p99, "max", s->max);
 }
 
+json_t *eval_json_mean(const kld_summary *s)
+{
+    json_t *value = eval_json_summary(&s->steps);
+    json_object_set_new(value, "clustered_error", eval_json_number(s->clustered_error));
+    return value;
+}
+
+double eval_best_error(const kld_summary *s)
+{
+    return isnan(s->clustered_error) ? s->steps.standard_error : s->clustered_error;
+}
+
 json_t *eval_json_score(const score_result *r)
 {
     return json_pack("{s:s, s:s, s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:o}", "attn", r->attn, "task", r->task, "length",

@@ -47,7 +47,11 @@ int eval_journal_open(journal **out, const char *path, const json_t *envelope);
 json_t *eval_json_number(double value);
 json_t *eval_json_reading(const eval_reading *r);
 json_t *eval_json_summary(const metric_summary *s);
+json_t *eval_json_mean(const kld_summary *s);
 json_t *eval_json_score(const score_result *r);
+
+/* The error of a mean as it is best known. */
+double eval_best_error(const kld_summary *s);
 
 /* Columns that the longest policy spec takes in a table. */
 int eval_attn_width(const policy_list *policies);

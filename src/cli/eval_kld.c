@@ -37,12 +37,6 @@ static const cli_group kld_groups[] = {{"Measurement", kld_table, 0},
                                        {"Output", cli_output_table, offsetof(kld_settings, output)},
                                        {0}};
 
-/* The error of a mean as it is best known. */
-static double best_error(const kld_summary *s)
-{
-    return isnan(s->clustered_error) ? s->steps.standard_error : s->clustered_error;
-}
-
 static void print_share(double share)
 {
     if (isnan(share))
@@ -70,8 +64,8 @@ static void kld_print_task(const eval_input *in, const kld_settings *s, const kl
     for (int i = 0; i <= in->policies.n; i++) {
         const kld_result *r = &results[i];
         cli_print("%-*s  %8.5f ± %7.5f  %8.4f  %8.4f  %9.5f ± %7.5f  %5.1f %%  %10.3f", width, r->attn, r->kld.steps.mean,
-                  best_error(&r->kld), r->kld.steps.p99, r->kld.steps.max, r->dnll.steps.mean, best_error(&r->dnll), 100 * r->agreement,
-                  r->perplexity);
+                  eval_best_error(&r->kld), r->kld.steps.p99, r->kld.steps.max, r->dnll.steps.mean, eval_best_error(&r->dnll),
+                  100 * r->agreement, r->perplexity);
         if (asked) {
             char kept[48];
             snprintf(kept, sizeof kept, "%lld/%lld", (long long)r->kept, (long long)r->full_correct);
@@ -94,18 +88,11 @@ static void kld_print(const eval_input *in, const kld_settings *s, const kld_res
     for (int i = 0; i < n_results; i += in->policies.n + 1) kld_print_task(in, s, &results[i]);
 }
 
-static json_t *json_mean(const kld_summary *s)
-{
-    json_t *value = eval_json_summary(&s->steps);
-    json_object_set_new(value, "clustered_error", eval_json_number(s->clustered_error));
-    return value;
-}
-
 static json_t *json_result(const kld_result *r)
 {
     json_t *item = json_pack("{s:s, s:s, s:I, s:o, s:o, s:f, s:f, s:o, s:o, s:o}", "task", kld_task_names[r->task], "attn", r->attn,
-                             "samples", (json_int_t)r->n_samples, "kld", json_mean(&r->kld), "dnll", json_mean(&r->dnll), "top1_agreement",
-                             r->agreement, "perplexity", r->perplexity, "mass", eval_json_number(r->mass), "recall",
+                             "samples", (json_int_t)r->n_samples, "kld", eval_json_mean(&r->kld), "dnll", eval_json_mean(&r->dnll),
+                             "top1_agreement", r->agreement, "perplexity", r->perplexity, "mass", eval_json_number(r->mass), "recall",
                              eval_json_number(r->recall), "reading", eval_json_reading(&r->reading));
     if (r->task == KLD_NEEDLE)
         json_object_update_new(item, json_pack("{s:I, s:I, s:I, s:f, s:f}", "full_correct", (json_int_t)r->full_correct, "correct",

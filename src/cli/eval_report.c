@@ -23,7 +23,7 @@ const cli_command command_eval_report = {
     "eval report",
     "[options] FILE...",
     "make a page with plots of what evaluations printed",
-    "Reads what eval kld, needle, ruler and doc printed with --json, and writes one HTML file with tables, plots and the origin of "
+    "Reads what eval kld, needle, ruler, doc and ppl printed with --json, and writes one HTML file with tables, plots and the origin of "
     "every figure. The "
     "page has no script and fetches nothing.",
     report_groups,

@@ -4,8 +4,8 @@
 #include "cli/cli.h"
 
 static const cli_command *const commands[] = {
-    &command_ask,         &command_run,        &command_info,     &command_tokenize,    &command_bench,     &command_eval_kld,
-    &command_eval_needle, &command_eval_ruler, &command_eval_doc, &command_eval_report, &command_calibrate,
+    &command_ask,         &command_run,        &command_info,     &command_tokenize, &command_bench,       &command_eval_kld,
+    &command_eval_needle, &command_eval_ruler, &command_eval_doc, &command_eval_ppl, &command_eval_report, &command_calibrate,
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 

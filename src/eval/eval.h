@@ -103,13 +103,14 @@ typedef struct kld_params {
     int n_attn;
     const eval_text *texts; /* [n_texts] */
     int n_texts;
-    int64_t depth;   /* tokens read dense before */
-    int64_t n_steps; /* prose: tokens teacher-forced one by one */
-    int samples;     /* prose: places, in turn from each text, spread over it; 0: no prose */
-    int haystacks;   /* needle: documents, in turn from each text; 0: no needles */
-    int needles;     /* needle: in each document; every one is asked for */
-    uint64_t seed;   /* needle: of places, keys and numbers */
-    bool audit;      /* compare what was read with exact scores: costs a full read per step */
+    int64_t depth;    /* tokens read dense before */
+    int64_t n_steps;  /* prose: tokens teacher-forced one by one */
+    int samples;      /* prose: places, in turn from each text, spread over it; 0: no prose */
+    bool consecutive; /* prose: from the first text's beginning on, one after the other, without what is left at the end of each text */
+    int haystacks;    /* needle: documents, in turn from each text; 0: no needles */
+    int needles;      /* needle: in each document; every one is asked for */
+    uint64_t seed;    /* needle: of places, keys and numbers */
+    bool audit;       /* compare what was read with exact scores: costs a full read per step */
     int n_batch;
     journal *journal; /* of finished samples; may be NULL */
 } kld_params;
@@ -127,7 +128,8 @@ typedef struct kld_result {
     kld_task task;
     int64_t n_samples;
     kld_summary kld;   /* KLD(full || policy), nats */
-    kld_summary dnll;  /* negative log likelihood of the next token: policy's less full's, nats */
+    kld_summary nll;   /* negative log likelihood of the next token, nats */
+    kld_summary dnll;  /* the policy's less full's */
     double agreement;  /* share of steps whose most likely token is that of full */
     double perplexity; /* of the tokens */
     double mass;       /* audit: share of full's attention mass on rows that were read, mean over steps, layers and heads; else NAN */
@@ -143,6 +145,12 @@ int kld_n_results(const kld_params *params);
 /* results[kld_n_results]: prose first. Errors: ARGUMENT (text too short, unknown policy), CONTEXT (deeper than the model was trained for), UNSUPPORTED (needles,
  * but no known chat template), FORMAT (a record of the journal), CANCELLED. */
 quarry_code kld_measure(quarry_model *model, const kld_params *params, const quarry_watch *watch, kld_result *results, quarry_error *error);
+
+/* ---- ppl.c: perplexity, by the same measurement ---- */
+
+/* Fills depth, n_steps, samples and consecutive of params, whose texts are set: windows of so many tokens, of which the last n_scored are scored (0: the second half, as llama-perplexity has it) one by
+ * one under the policy, and those before read with full attention. samples 0: every window of the texts. ARGUMENT if a text is shorter than a window, or n_scored than it. */
+quarry_code ppl_windows(kld_params *params, int64_t window, int64_t n_scored, int samples, quarry_error *error);
 
 /* ---- haystack.c: a text with needles in it ---- */
 

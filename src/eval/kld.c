@@ -15,14 +15,15 @@ typedef struct kld_run {
     haystack_source source;        /* needle */
     int32_t *document;             /* [depth] */
     int32_t bos;
-    int n_bos;        /* 1 if the model wants its BOS in front, else 0 */
-    int64_t capacity; /* steps of a sample, at most */
-    float *reference; /* [capacity][n_vocab] logits of full */
-    float *logits;    /* [n_vocab] */
-    double *log_p;    /* [n_vocab], and so log_q */
+    int n_bos;                 /* 1 if the model wants its BOS in front, else 0 */
+    int64_t capacity;          /* steps of a sample, at most */
+    quarry_session **sessions; /* [n_policies] forks that follow one path together */
+    int32_t *row;              /* [n_policies] the token that all are fed */
+    double *log_p;             /* [n_vocab], and so log_q */
     double *log_q;
-    kld_steps steps; /* of one policy */
-    audit audit;
+    kld_steps *steps; /* [n_policies], arrays of `values` */
+    double *values;   /* [n_policies][2][capacity] */
+    audit *audits;    /* [n_policies] */
     eval_watch watch;
 } kld_run;
 
@@ -34,60 +35,79 @@ typedef struct kld_path {
     int64_t n;
 } kld_path;
 
-/* ---- one policy along one path ---- */
+/* ---- all policies along one path, step by step together: the weights are read once for all ---- */
 
-static void kld_step(kld_run *r, int64_t i, const float *logits, int32_t target)
+/* What each policy makes of step i, after which target follows. */
+static void kld_step(kld_run *r, int64_t i, int32_t target)
 {
-    const float *reference = r->reference + i * r->n_vocab;
-    const int32_t likeliest = metric_argmax(logits, r->n_vocab);
+    const float *reference = quarry_session_logits(r->sessions[0]);
+    const int32_t reference_likeliest = metric_argmax(reference, r->n_vocab);
     metric_log_softmax(reference, r->n_vocab, r->log_p);
-    metric_log_softmax(logits, r->n_vocab, r->log_q);
-    r->steps.kld[i] = metric_kld(r->log_p, r->log_q, r->n_vocab);
-    r->steps.nll[i] = -r->log_q[target];
-    r->steps.agreed += metric_argmax(reference, r->n_vocab) == likeliest;
-    r->steps.correct = r->steps.correct && likeliest == target;
+    for (int p = 0; p < r->n_policies; p++) {
+        const float *logits = quarry_session_logits(r->sessions[p]);
+        const int32_t likeliest = metric_argmax(logits, r->n_vocab);
+        kld_steps *steps = &r->steps[p];
+        if (p > 0) metric_log_softmax(logits, r->n_vocab, r->log_q);
+        steps->kld[i] = p > 0 ? metric_kld(r->log_p, r->log_q, r->n_vocab) : 0;
+        steps->nll[i] = -(p > 0 ? r->log_q : r->log_p)[target];
+        steps->agreed += likeliest == reference_likeliest;
+        steps->correct = steps->correct && likeliest == target;
+    }
 }
 
-static quarry_code kld_follow(kld_run *r, const quarry_session *read, int policy, const kld_path *path, quarry_error *error)
+/* Forks that were fed the path's prefix, and empty steps. */
+static quarry_code kld_begin(kld_run *r, const quarry_session *read, const kld_path *path, quarry_error *error)
 {
-    const bool audited = r->params->audit && policy > 0;
     quarry_code code = QUARRY_OK;
-    quarry_session *session = session_fork_policy(read, policy, error);
-    if (!session) return eval_failed(error);
-    r->steps = (kld_steps){.n = path->n, .kld = r->steps.kld, .nll = r->steps.nll, .correct = true};
-    if (path->n_prefix > 0) code = (quarry_code)quarry_session_feed(session, path->prefix, path->n_prefix, NULL, error);
-    const attn_cost before = session_cost(session);
-    if (audited) {
-        audit_clear(&r->audit);
-        session_set_observer(session, &r->audit.observer);
+    for (int p = 0; p < r->n_policies && code == QUARRY_OK; p++) {
+        double *values = r->values + 2 * p * r->capacity;
+        quarry_session *session = r->sessions[p] = session_fork_policy(read, p, error);
+        if (!session) return eval_failed(error);
+        if (path->n_prefix > 0) code = (quarry_code)quarry_session_feed(session, path->prefix, path->n_prefix, NULL, error);
+        r->steps[p] = (kld_steps){.n = path->n, .kld = values, .nll = values + r->capacity, .correct = true, .cost = session_cost(session)};
+        if (!r->params->audit || p == 0) continue;
+        audit_clear(&r->audits[p]);
+        session_set_observer(session, &r->audits[p].observer);
     }
-    for (int64_t i = 0; i < path->n && code == QUARRY_OK; i++) {
-        float *logits = policy == 0 ? r->reference + i * r->n_vocab : r->logits;
-        if ((code = eval_watch_ask(&r->watch, error)) != QUARRY_OK) break;
-        if ((code = session_feed_logits(session, &path->tokens[i], 1, logits, error)) != QUARRY_OK) break;
-        kld_step(r, i, logits, path->tokens[i + 1]);
-    }
-    const attn_cost after = session_cost(session);
-    r->steps.cost = (attn_cost){.index_bytes = after.index_bytes - before.index_bytes,
-                                .table_bytes = after.table_bytes - before.table_bytes,
-                                .tail_bytes = after.tail_bytes - before.tail_bytes,
-                                .rows = after.rows - before.rows};
-    if (audited && code == QUARRY_OK) code = audit_total(&r->audit, &r->steps.audit, error);
-    quarry_session_close(session);
     return code;
 }
 
-/* Every policy along one path: one more array in samples. */
-static quarry_code kld_follow_all(kld_run *r, const quarry_session *read, const kld_path *path, int64_t progress, json_t *samples,
-                                  quarry_error *error)
+/* One more array in samples, of what every policy did. */
+static quarry_code kld_end(kld_run *r, json_t *samples, quarry_error *error)
 {
     quarry_code code = QUARRY_OK;
     json_t *policies = json_array();
     if (json_array_append_new(samples, policies)) return error_memory(error, "journal record", 0);
-    for (int i = 0; i < r->n_policies && code == QUARRY_OK; i++) {
-        if ((code = kld_follow(r, read, i, path, error)) != QUARRY_OK) break;
-        if (json_array_append_new(policies, kld_steps_json(&r->steps))) code = error_memory(error, "journal record", 0);
-        r->watch.done += progress;
+    for (int p = 0; p < r->n_policies; p++) {
+        kld_steps *steps = &r->steps[p];
+        const attn_cost after = session_cost(r->sessions[p]), before = steps->cost;
+        steps->cost = (attn_cost){.index_bytes = after.index_bytes - before.index_bytes,
+                                  .table_bytes = after.table_bytes - before.table_bytes,
+                                  .tail_bytes = after.tail_bytes - before.tail_bytes,
+                                  .rows = after.rows - before.rows};
+        if (r->params->audit && p > 0 && (code = audit_total(&r->audits[p], &steps->audit, error)) != QUARRY_OK) return code;
+        if (json_array_append_new(policies, kld_steps_json(steps))) return error_memory(error, "journal record", 0);
+    }
+    return QUARRY_OK;
+}
+
+/* progress: what the path counts under one policy. */
+static quarry_code kld_follow(kld_run *r, const quarry_session *read, const kld_path *path, int64_t progress, json_t *samples,
+                              quarry_error *error)
+{
+    const int64_t done = r->watch.done;
+    quarry_code code = kld_begin(r, read, path, error);
+    for (int64_t i = 0; i < path->n && code == QUARRY_OK; i++) {
+        for (int p = 0; p < r->n_policies; p++) r->row[p] = path->tokens[i];
+        if ((code = eval_watch_ask(&r->watch, error)) != QUARRY_OK) break;
+        if ((code = (quarry_code)quarry_sessions_feed(r->sessions, r->row, r->n_policies, error)) != QUARRY_OK) break;
+        kld_step(r, i, path->tokens[i + 1]);
+        r->watch.done = done + progress * r->n_policies * (i + 1) / path->n;
+    }
+    if (code == QUARRY_OK) code = kld_end(r, samples, error);
+    for (int p = 0; p < r->n_policies; p++) {
+        quarry_session_close(r->sessions[p]);
+        r->sessions[p] = NULL;
     }
     return code;
 }
@@ -102,11 +122,15 @@ static quarry_code kld_read(kld_run *r, quarry_session **session, quarry_error *
 
 /* ---- a document and all that is asked after it ---- */
 
-/* Where sample i of a text begins: the samples of each text lie evenly over it. */
+/* Where sample i begins: one window after the other, or from each text in turn, spread evenly over it. */
 static const int32_t *sample_tokens(const kld_params *p, int i)
 {
+    const int64_t window = p->depth + p->n_steps + 1;
+    int64_t at = i;
+    for (int t = 0; p->consecutive && t < p->n_texts; at -= p->texts[t++].n_tokens / window)
+        if (at < p->texts[t].n_tokens / window) return p->texts[t].tokens + at * window;
     const eval_text *text = &p->texts[i % p->n_texts];
-    const int64_t spare = text->n_tokens - (p->depth + p->n_steps + 1), in_text = i / p->n_texts;
+    const int64_t spare = text->n_tokens - window, in_text = i / p->n_texts;
     const int64_t of_text = (p->samples - 1 - i % p->n_texts) / p->n_texts + 1;
     return text->tokens + (of_text > 1 ? spare * in_text / (of_text - 1) : 0);
 }
@@ -121,7 +145,7 @@ static quarry_code prose_sample(kld_run *r, int i, json_t *samples, quarry_error
     if (r->n_bos) r->document[0] = r->bos; /* in the place of the first token, so that the depth is as stated */
     quarry_session *session;
     quarry_code code = kld_read(r, &session, error);
-    if (code == QUARRY_OK) code = kld_follow_all(r, session, &path, p->n_steps, samples, error);
+    if (code == QUARRY_OK) code = kld_follow(r, session, &path, p->n_steps, samples, error);
     quarry_session_close(session);
     return code;
 }
@@ -142,7 +166,7 @@ static quarry_code needle_ask(kld_run *r, const quarry_session *read, const need
         goto done;
     }
     const kld_path path = {.prefix = fed.ids, .n_prefix = fed.n - n - 1, .tokens = fed.ids + fed.n - n - 1, .n = n};
-    code = kld_follow_all(r, read, &path, NEEDLE_COST, samples, error);
+    code = kld_follow(r, read, &path, NEEDLE_COST, samples, error);
 done:
     token_list_free(&before);
     token_list_free(&fed);
@@ -204,7 +228,7 @@ static quarry_code kld_sample(kld_run *r, kld_task task, int i, quarry_error *er
         if (code == QUARRY_OK) code = journal_add(r->params->journal, key, json_pack("{s:O}", "samples", samples), error);
     }
     if (code == QUARRY_OK && json_array_size(samples) != (size_t)(task == KLD_PROSE ? 1 : r->params->needles))
-        code = error_set(error, QUARRY_ERROR_FORMAT, "the journal's record '%s' is not one of eval kld; remove the journal", key);
+        code = error_set(error, QUARRY_ERROR_FORMAT, "the journal's record '%s' is not one of this measurement; remove the journal", key);
     json_array_foreach(samples, at, policies) if (code == QUARRY_OK) code = kld_tally_add(r->tallies[task], r->n_policies, policies, error);
     json_decref(samples);
     return code;
@@ -230,23 +254,23 @@ static quarry_code kld_check(const quarry_model *model, const kld_params *p, qua
 static quarry_code kld_alloc(kld_run *r, quarry_error *error)
 {
     const kld_params *p = r->params;
-    const size_t n_vocab = (size_t)r->n_vocab;
-    size_t n_reference;
+    const size_t n_vocab = (size_t)r->n_vocab, n_policies = (size_t)r->n_policies;
     quarry_code code;
     r->capacity = p->haystacks > 0 && p->n_steps < ANSWER_STEPS ? ANSWER_STEPS : p->n_steps;
-    const size_t n = (size_t)r->capacity;
-    if (!size_multiply(n, n_vocab, &n_reference)) return error_memory(error, "reference logits", SIZE_MAX);
     if (!(r->specs = eval_policies(p->attn, p->n_attn, error))) return QUARRY_ERROR_MEMORY;
     for (int i = 0; i < KLD_TASKS; i++)
-        if (!(r->tallies[i] = memory_zero((size_t)r->n_policies, sizeof **r->tallies, "tallies", error))) return QUARRY_ERROR_MEMORY;
-    if (!(r->document = memory_alloc((size_t)p->depth, sizeof *r->document, "document", error))) return QUARRY_ERROR_MEMORY;
-    if (!(r->reference = memory_alloc(n_reference, sizeof *r->reference, "reference logits", error))) return QUARRY_ERROR_MEMORY;
-    if (!(r->logits = memory_alloc(n_vocab, sizeof *r->logits, "logits", error))) return QUARRY_ERROR_MEMORY;
-    if (!(r->log_p = memory_alloc(2 * n_vocab, sizeof *r->log_p, "probabilities", error))) return QUARRY_ERROR_MEMORY;
-    if (!(r->steps.kld = memory_alloc(2 * n, sizeof *r->steps.kld, "steps", error))) return QUARRY_ERROR_MEMORY;
+        if (!(r->tallies[i] = memory_zero(n_policies, sizeof **r->tallies, "tallies", error))) return QUARRY_ERROR_MEMORY;
+    if (!(r->document = memory_alloc((size_t)p->depth, sizeof *r->document, "document", error)) ||
+        !(r->sessions = memory_zero(n_policies, sizeof *r->sessions, "sessions", error)) ||
+        !(r->row = memory_alloc(n_policies, sizeof *r->row, "tokens", error)) ||
+        !(r->log_p = memory_alloc(2 * n_vocab, sizeof *r->log_p, "probabilities", error)) ||
+        !(r->steps = memory_zero(n_policies, sizeof *r->steps, "steps", error)) ||
+        !(r->values = memory_alloc(2 * n_policies, (size_t)r->capacity * sizeof *r->values, "steps", error)) ||
+        !(r->audits = memory_zero(n_policies, sizeof *r->audits, "audit", error)))
+        return QUARRY_ERROR_MEMORY;
     r->log_q = r->log_p + n_vocab;
-    r->steps.nll = r->steps.kld + n;
-    if ((code = audit_open(&r->audit, r->model, error)) != QUARRY_OK) return code;
+    for (int i = 1; i < r->n_policies && p->audit; i++)
+        if ((code = audit_open(&r->audits[i], r->model, error)) != QUARRY_OK) return code;
     if (p->haystacks > 0 && (code = haystack_source_open(&r->source, r->model, p->texts, p->n_texts, error)) != QUARRY_OK) return code;
     return eval_bos(r->model, &r->bos, &r->n_bos, error);
 }
@@ -258,13 +282,15 @@ static void kld_free(kld_run *r)
         memory_free(r->tallies[task]);
     }
     haystack_source_close(&r->source);
-    audit_close(&r->audit);
+    for (int i = 0; r->audits && i < r->n_policies; i++) audit_close(&r->audits[i]);
+    memory_free(r->audits);
     memory_free(r->specs);
     memory_free(r->document);
-    memory_free(r->reference);
-    memory_free(r->logits);
+    memory_free(r->sessions);
+    memory_free(r->row);
     memory_free(r->log_p);
-    memory_free(r->steps.kld);
+    memory_free(r->steps);
+    memory_free(r->values);
 }
 
 int kld_n_results(const kld_params *p)

@@ -18,11 +18,10 @@ typedef struct kld_steps {
 
 /* Sums over the samples of one task and policy. */
 typedef struct kld_tally {
-    series kld, dnll;             /* over steps */
-    series kld_means, dnll_means; /* over samples */
+    series kld, nll, dnll;                   /* over steps */
+    series kld_means, nll_means, dnll_means; /* over samples */
     reading_sum reading;
     int64_t steps, agreed, samples, full_correct, correct, kept;
-    double nll;
     audit_sums audit;
 } kld_tally;
 

@@ -25,7 +25,7 @@ json_t *kld_steps_json(const kld_steps *s)
 
 static quarry_code fail_record(quarry_error *error)
 {
-    return error_set(error, QUARRY_ERROR_FORMAT, "a record of the journal is not one of eval kld; remove the journal");
+    return error_set(error, QUARRY_ERROR_FORMAT, "a record of the journal is not one of this measurement; remove the journal");
 }
 
 /* policy and full: two members of one record. */
@@ -33,7 +33,7 @@ static quarry_code tally_policy(kld_tally *t, const json_t *policy, const json_t
 {
     json_t *kld, *nll, *full_nll;
     json_int_t agreed, index, tables, tail, rows, n_mass, n_recall;
-    double mass, recall, kld_sum = 0, dnll_sum = 0;
+    double mass, recall, kld_sum = 0, nll_sum = 0, dnll_sum = 0;
     int correct, full_correct;
     quarry_code code;
     if (json_unpack((json_t *)policy, "{s:o, s:o, s:I, s:b, s:[I,I,I,I], s:[F,I,F,I]}", "kld", &kld, "nll", &nll, "agreed", &agreed,
@@ -45,13 +45,15 @@ static quarry_code tally_policy(kld_tally *t, const json_t *policy, const json_t
     for (size_t i = 0; i < n; i++) {
         const double here = json_number_value(json_array_get(kld, i)), own = json_number_value(json_array_get(nll, i));
         const double delta = own - json_number_value(json_array_get(full_nll, i));
-        if ((code = series_push(&t->kld, here, error)) != QUARRY_OK || (code = series_push(&t->dnll, delta, error)) != QUARRY_OK)
+        if ((code = series_push(&t->kld, here, error)) != QUARRY_OK || (code = series_push(&t->nll, own, error)) != QUARRY_OK ||
+            (code = series_push(&t->dnll, delta, error)) != QUARRY_OK)
             return code;
         kld_sum += here;
+        nll_sum += own;
         dnll_sum += delta;
-        t->nll += own;
     }
     if ((code = series_push(&t->kld_means, kld_sum / (double)n, error)) != QUARRY_OK ||
+        (code = series_push(&t->nll_means, nll_sum / (double)n, error)) != QUARRY_OK ||
         (code = series_push(&t->dnll_means, dnll_sum / (double)n, error)) != QUARRY_OK)
         return code;
     const attn_cost cost = {.index_bytes = index, .table_bytes = tables, .tail_bytes = tail, .rows = rows};
@@ -88,9 +90,10 @@ void kld_tally_finish(kld_tally *t, const kld_tally *full, const quarry_model *m
 {
     out->n_samples = t->samples;
     summarise(&t->kld, &t->kld_means, &out->kld);
+    summarise(&t->nll, &t->nll_means, &out->nll);
     summarise(&t->dnll, &t->dnll_means, &out->dnll);
     out->agreement = (double)t->agreed / (double)t->steps;
-    out->perplexity = exp(t->nll / (double)t->steps);
+    out->perplexity = exp(out->nll.steps.mean);
     out->mass = t->audit.n_mass ? t->audit.mass / (double)t->audit.n_mass : NAN;
     out->recall = t->audit.n_recall ? t->audit.recall / (double)t->audit.n_recall : NAN;
     out->full_correct = t->full_correct;
@@ -104,6 +107,8 @@ void kld_tally_free(kld_tally *t)
 {
     series_free(&t->kld);
     series_free(&t->dnll);
+    series_free(&t->nll);
     series_free(&t->kld_means);
+    series_free(&t->nll_means);
     series_free(&t->dnll_means);
 }
