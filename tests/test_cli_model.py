@@ -342,6 +342,16 @@ class CliModel(unittest.TestCase):
         wrong = quarry(*needles, "--needles", "2")
         self.assertEqual(wrong.returncode, 1)
         self.assertIn("--positions", wrong.stderr)
+        journal = os.path.join(self.folder.name, "needle.journal")
+        self.assertEqual(quarry(*needles, "--json", "--journal", journal).stdout, result.stdout)
+        lines = pathlib.Path(journal).read_text().splitlines(True)
+        self.assertEqual(len(lines), 13)
+        pathlib.Path(journal).write_text("".join(lines[:7]))  # as if stopped half way
+        self.assertEqual(quarry(*needles, "--json", "--journal", journal).stdout, result.stdout)
+        self.assertEqual(quarry(*needles, "--journal", journal).stdout, table.stdout)
+        other = quarry(*needles, "--journal", journal, "-s", "2")
+        self.assertEqual((other.returncode, other.stdout), (1, ""))
+        self.assertIn("needle.journal: is the journal of another measurement", other.stderr)
 
     def test_questions_about_documents_go_on_from_a_journal_and_make_a_report(self):
         def path(name):

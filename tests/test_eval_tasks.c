@@ -1,5 +1,7 @@
 /* The tasks on a tiny random model: what they count and report, whatever the numbers are. */
 #include <math.h>
+#include <stdlib.h>
+#include <unistd.h>
 
 #include "eval/common.h"
 #include "eval_fixture.h"
@@ -198,6 +200,94 @@ static void needles_take_every_position_in_turn(void **state)
     params.needles = 2;
     assert_int_equal(needle_measure(f->model, &params, NULL, NULL, NULL, r, &cells[0][0][0], &error), QUARRY_ERROR_ARGUMENT);
     assert_non_null(strstr(error.message, "--positions"));
+}
+
+static bool stop_after(int64_t done, int64_t total, void *data)
+{
+    assert_true(done <= total);
+    return done < *(const int64_t *)data;
+}
+
+static journal *open_journal(const char *path)
+{
+    quarry_error error = {0};
+    json_t *header = json_pack("{s:i}", "x", 1);
+    journal *j = journal_open(path, header, &error);
+    json_decref(header);
+    if (!j) fail_msg("%s", error.message);
+    return j;
+}
+
+static void needles_go_on_from_a_journal_to_the_same_result(void **state)
+{
+    const fixture *f = *state;
+    const char *attn[] = {"ivfpq", "window"};
+    const int64_t depths[] = {300, 300, 400}; /* equal ones draw other needles */
+    needle_params params = {.attn = attn,
+                            .n_attn = 2,
+                            .texts = &f->text,
+                            .n_texts = 1,
+                            .depths = depths,
+                            .n_depths = 3,
+                            .count = 1,
+                            .needles = 2,
+                            .positions = 4,
+                            .n_answer = 4,
+                            .cite = true,
+                            .seed = 3};
+    needle_result whole[3], resumed[3];
+    needle_cell cells[2][3][3][4];
+    quarry_error error = {0};
+    char path[] = "/tmp/quarry_needle_XXXXXX";
+    assert_true(close(mkstemp(path)) == 0);
+    if (needle_measure(f->model, &params, NULL, NULL, NULL, whole, &cells[0][0][0][0], &error) != QUARRY_OK) fail_msg("%s", error.message);
+    const int64_t after = 1000; /* while the fourth of six is read */
+    const quarry_watch watch = {stop_after, (void *)&after};
+    params.journal = open_journal(path);
+    assert_int_equal(needle_measure(f->model, &params, &watch, NULL, NULL, resumed, NULL, &error), QUARRY_ERROR_CANCELLED);
+    assert_int_equal(journal_count(params.journal), 3);
+    journal_close(params.journal);
+    params.journal = open_journal(path);
+    int n[2] = {0};
+    if (needle_measure(f->model, &params, NULL, count_answers, n, resumed, &cells[1][0][0][0], &error) != QUARRY_OK)
+        fail_msg("%s", error.message);
+    assert_int_equal(n[0] + n[1], 3 * 2 * 3); /* three haystacks of two needles under three policies */
+    assert_int_equal(journal_count(params.journal), 6);
+    journal_close(params.journal);
+    assert_memory_equal(cells[0], cells[1], sizeof cells[0]);
+    for (int i = 0; i < 3; i++) {
+        assert_int_equal(whole[i].asked, 12);
+        assert_true(whole[i].correct == resumed[i].correct && whole[i].kept == resumed[i].kept && whole[i].cited == resumed[i].cited);
+        assert_memory_equal(&whole[i].kld, &resumed[i].kld, sizeof whole[i].kld);
+        assert_memory_equal(&whole[i].reading, &resumed[i].reading, sizeof whole[i].reading);
+        assert_true(whole[i].loss == resumed[i].loss && whole[i].loss_high == resumed[i].loss_high);
+    }
+    unlink(path);
+}
+
+static void a_record_that_is_not_of_needles_is_refused(void **state)
+{
+    const fixture *f = *state;
+    static const char *const records[] = {"{}",
+                                          "{\"needles\":[]}",
+                                          "{\"needles\":[[]]}",
+                                          "{\"needles\":[[{}]]}",
+                                          "{\"needles\":[[{\"correct\":true,\"cited\":false,\"kld\":1,\"cost\":[0,0,0,0],\"tokens\":3}]]}",
+                                          "{\"needles\":[[{\"correct\":true,\"cited\":false,\"kld\":[0],\"cost\":[0,0,0],\"tokens\":3}]]}",
+                                          "{\"needles\":7}"};
+    const int64_t depth = 200;
+    quarry_error error = {0};
+    for (size_t i = 0; i < TEST_COUNT(records); i++) {
+        char path[] = "/tmp/quarry_needle_XXXXXX";
+        assert_true(close(mkstemp(path)) == 0);
+        needle_params params = {.texts = &f->text, .n_texts = 1, .depths = &depth, .n_depths = 1, .count = 1, .needles = 1, .n_answer = 2};
+        needle_result r;
+        params.journal = open_journal(path);
+        assert_int_equal(journal_add(params.journal, "haystack 0 0 0", json_loads(records[i], 0, NULL), &error), QUARRY_OK);
+        assert_int_equal(needle_measure(f->model, &params, NULL, NULL, NULL, &r, NULL, &error), QUARRY_ERROR_FORMAT);
+        journal_close(params.journal);
+        unlink(path);
+    }
 }
 
 static void needles_need_room(void **state)
@@ -409,6 +499,8 @@ int main(void)
         cmocka_unit_test(every_needle_is_asked_for_under_every_policy),
         cmocka_unit_test(a_citation_holds_the_needle_if_its_number_is_in_it),
         cmocka_unit_test(needles_take_every_position_in_turn),
+        cmocka_unit_test(needles_go_on_from_a_journal_to_the_same_result),
+        cmocka_unit_test(a_record_that_is_not_of_needles_is_refused),
         cmocka_unit_test(needles_need_room),
         cmocka_unit_test(lack_of_memory_is_an_error_anywhere),
         cmocka_unit_test(an_answer_ends_where_no_more_of_it_matters),

@@ -6,7 +6,7 @@ typedef struct needle_settings {
     cli_model_options model;
     eval_options eval;
     cli_output_options output;
-    const char *depths;
+    const char *depths, *journal;
     int64_t count, needles, positions, n_answer, seed;
     bool cite;
 } needle_settings;
@@ -23,6 +23,8 @@ static const cli_option needle_table[] = {
     {"-s, --seed", "N", CLI_INT, offsetof(needle_settings, seed), "1", "seed of places, keys and numbers", 0, 9e18},
     {"--cite", NULL, CLI_SWITCH, offsetof(needle_settings, cite), NULL,
      "count the right answers whose first citation (quarry ask --cite) holds the needle", 0, 0},
+    {"--journal", "FILE", CLI_TEXT, offsetof(needle_settings, journal), NULL,
+     "keep finished haystacks in FILE; the same command goes on from there when it was stopped", 0, 0},
     {0}};
 
 static const cli_group needle_groups[] = {{"Measurement", needle_table, 0},
@@ -98,8 +100,8 @@ static json_t *json_grid(const needle_cell *cells, int64_t n)
     return list;
 }
 
-static int needle_print_json(const eval_input *in, const needle_settings *s, const cli_list *arguments, const needle_result *results,
-                             const needle_cell *cells, int64_t n_cells)
+static int needle_print_json(json_t *envelope, const eval_input *in, bool cite, const needle_result *results, const needle_cell *cells,
+                             int64_t n_cells)
 {
     json_t *list = json_array();
     for (int i = 0; i <= in->policies.n; i++) {
@@ -109,47 +111,76 @@ static int needle_print_json(const eval_input *in, const needle_settings *s, con
                       "full_correct", (json_int_t)r->full_correct, "correct", (json_int_t)r->correct, "kept", (json_int_t)r->kept,
                       "kept_low", r->kept_low, "kept_high", r->kept_high, "loss", r->loss, "loss_low", r->loss_low, "loss_high",
                       r->loss_high, "kld", eval_json_summary(&r->kld), "reading", eval_json_reading(&r->reading));
-        if (s->cite)
+        if (cite)
             json_object_update_new(
                 item, json_pack("{s:I, s:f, s:f}", "cited", (json_int_t)r->cited, "cited_low", r->cited_low, "cited_high", r->cited_high));
         if (n_cells > 0) json_object_set_new(item, "grid", json_grid(cells + i * n_cells, n_cells));
         json_array_append_new(list, item);
     }
-    json_t *parameters =
-        json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:b, s:o}", "depths", s->depths, "count", (json_int_t)s->count, "needles",
-                  (json_int_t)s->needles, "positions", (json_int_t)s->positions, "predict", (json_int_t)s->n_answer, "batch_size",
-                  (json_int_t)s->eval.n_batch, "cite", s->cite, "attn", eval_json_policies(in));
-    json_t *envelope = eval_json_envelope(in, &command_eval_needle, s, arguments, &s->model, s->seed, parameters);
-    if (!envelope) {
-        json_decref(list);
-        return CLI_FAILED;
-    }
     json_object_set_new(envelope, "results", list);
-    return json_print(envelope);
+    return json_print(json_incref(envelope));
+}
+
+static json_t *json_parameters(const eval_input *in, const needle_settings *s)
+{
+    return json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:b, s:o}", "depths", s->depths, "count", (json_int_t)s->count, "needles",
+                     (json_int_t)s->needles, "positions", (json_int_t)s->positions, "predict", (json_int_t)s->n_answer, "batch_size",
+                     (json_int_t)s->eval.n_batch, "cite", s->cite, "attn", eval_json_policies(in));
+}
+
+static void needle_print_all(const eval_input *in, bool cite, const needle_result *results, const needle_cell *cells, int n_depths,
+                             int n_positions)
+{
+    needle_print(in, results);
+    for (int i = 0; n_positions > 0 && i <= in->policies.n; i++)
+        needle_print_grid(results[i].attn, cells + (int64_t)i * n_depths * n_positions, n_depths, n_positions);
+    if (cite) needle_print_citations(in, results);
+}
+
+static int measure_print(const eval_input *in, const needle_settings *s, const needle_params *params, json_t *envelope)
+{
+    cli_progress progress;
+    quarry_error error;
+    const int64_t n_cells = (int64_t)params->n_depths * params->positions; /* of one policy */
+    needle_cell *cells = NULL;
+    int code = CLI_OK;
+    needle_result *results = memory_zero((size_t)in->policies.n + 1, sizeof *results, "results", &error);
+    if (!results || !(cells = memory_zero((size_t)in->policies.n + 1, (size_t)n_cells * sizeof *cells, "results", &error))) {
+        memory_free(results);
+        return cli_fail_error(&error);
+    }
+    const quarry_watch watch = cli_progress_start(&progress, "reading", s->output.quiet);
+    cli_work_begin();
+    const quarry_code measured =
+        needle_measure(in->model, params, &watch, s->output.verbose ? on_answer : NULL, NULL, results, cells, &error);
+    cli_work_end();
+    cli_progress_end(&progress);
+    if (measured != QUARRY_OK)
+        code = cli_fail_error(&error);
+    else if (s->output.json)
+        code = needle_print_json(envelope, in, s->cite, results, cells, n_cells);
+    else
+        needle_print_all(in, s->cite, results, cells, params->n_depths, params->positions);
+    memory_free(results);
+    memory_free(cells);
+    return code;
 }
 
 static int needle_run(const void *settings, const cli_list *arguments)
 {
     const needle_settings *s = settings;
     eval_input in = {0};
-    cli_progress progress;
+    journal *kept = NULL;
+    json_t *envelope = NULL;
     quarry_error error;
-    needle_result *results = NULL;
-    needle_cell *cells = NULL;
     int64_t *depths = NULL;
-    int code;
     const int64_t n_depths = list_parse_numbers(s->depths, "--depths", 64, 1000000000, &depths, &error);
     if (n_depths < 0) return cli_fail_error(&error);
-    if ((code = eval_input_open(&in, &s->model, &s->eval, &s->output, arguments, &command_eval_needle))) goto done;
-    if (!(results = memory_zero((size_t)in.policies.n + 1, sizeof *results, "results", &error))) {
-        code = cli_fail_error(&error);
-        goto done;
-    }
-    const int64_t n_cells = n_depths * s->positions; /* of one policy */
-    if (n_cells > 0 && !(cells = memory_zero((size_t)in.policies.n + 1, (size_t)n_cells * sizeof *cells, "results", &error))) {
-        code = cli_fail_error(&error);
-        goto done;
-    }
+    int code = eval_input_open(&in, &s->model, &s->eval, &s->output, arguments, &command_eval_needle);
+    if (!code && (s->output.json || s->journal) &&
+        !(envelope = eval_json_envelope(&in, &command_eval_needle, s, arguments, &s->model, s->seed, json_parameters(&in, s))))
+        code = CLI_FAILED;
+    if (!code) code = eval_journal_open(&kept, s->journal, envelope);
     const needle_params params = {.attn = (const char *const *)in.policies.specs,
                                   .n_attn = in.policies.n,
                                   .texts = in.texts,
@@ -162,25 +193,11 @@ static int needle_run(const void *settings, const cli_list *arguments)
                                   .n_answer = (int)s->n_answer,
                                   .cite = s->cite,
                                   .seed = (uint64_t)s->seed,
-                                  .n_batch = (int)s->eval.n_batch};
-    const quarry_watch watch = cli_progress_start(&progress, "reading", s->output.quiet);
-    cli_work_begin();
-    const quarry_code measured =
-        needle_measure(in.model, &params, &watch, s->output.verbose ? on_answer : NULL, NULL, results, cells, &error);
-    cli_work_end();
-    cli_progress_end(&progress);
-    if (measured != QUARRY_OK)
-        code = cli_fail_error(&error);
-    else if (s->output.json)
-        code = needle_print_json(&in, s, arguments, results, cells, n_cells);
-    else
-        needle_print(&in, results);
-    for (int i = 0; measured == QUARRY_OK && n_cells > 0 && i <= in.policies.n && !s->output.json; i++)
-        needle_print_grid(results[i].attn, cells + i * n_cells, (int)n_depths, (int)s->positions);
-    if (measured == QUARRY_OK && s->cite && !s->output.json) needle_print_citations(&in, results);
-done:
-    memory_free(results);
-    memory_free(cells);
+                                  .n_batch = (int)s->eval.n_batch,
+                                  .journal = kept};
+    if (!code) code = measure_print(&in, s, &params, envelope);
+    journal_close(kept);
+    json_decref(envelope);
     memory_free(depths);
     eval_input_close(&in);
     return code;

@@ -77,3 +77,14 @@ void reading_relate(const reading_sum *sum, const reading_sum *full, const quarr
     out->bytes_share = bytes / full_bytes;
     out->bytes_per_token = bytes / (double)sum->tokens;
 }
+
+json_t *record_numbers(const double *values, int64_t n)
+{
+    json_t *list = json_array();
+    for (int64_t i = 0; i < n && list; i++)
+        if (json_array_append_new(list, json_real(values[i]))) {
+            json_decref(list);
+            return NULL;
+        }
+    return list;
+}

@@ -62,6 +62,9 @@ void reading_add(reading_sum *sum, const quarry_session *session, int64_t n_toke
 /* Per token: the two may have answered at different length. */
 void reading_relate(const reading_sum *sum, const reading_sum *full, const quarry_model *model, eval_reading *out);
 
+/* For journals; NULL out of memory. */
+json_t *record_numbers(const double *values, int64_t n);
+
 /* ---- score.c: answers that are texts, and what their scores add up to ---- */
 
 /* True if what the text says is enough: more of it would not change its score. */

@@ -208,6 +208,7 @@ typedef struct needle_params {
     bool cite;     /* whether right answers cite the needle first */
     uint64_t seed;
     int n_batch;
+    journal *journal; /* of finished haystacks; may be NULL */
 } needle_params;
 
 typedef struct needle_result {
@@ -240,7 +241,7 @@ typedef struct needle_answer {
 } needle_answer;
 typedef void (*needle_answer_fn)(const needle_answer *answer, void *data);
 
-/* results[1 + n_attn]: "full" first. cells[1 + n_attn][n_depths][positions]; on_answer and cells may be NULL. Errors as kld_measure; UNSUPPORTED when the model has no known chat template. */
+/* results[1 + n_attn]: "full" first. cells[1 + n_attn][n_depths][positions]; on_answer, which sees what is not in the journal, and cells may be NULL. Errors as kld_measure; UNSUPPORTED when the model has no known chat template. */
 quarry_code needle_measure(quarry_model *model, const needle_params *params, const quarry_watch *watch, needle_answer_fn on_answer,
                            void *data, needle_result *results, needle_cell *cells, quarry_error *error);
 

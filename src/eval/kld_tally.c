@@ -4,23 +4,13 @@
 
 const char *const kld_task_names[KLD_TASKS] = {"prose", "needle"};
 
-static json_t *numbers_json(const double *values, int64_t n)
-{
-    json_t *list = json_array();
-    for (int64_t i = 0; i < n && list; i++)
-        if (json_array_append_new(list, json_real(values[i]))) {
-            json_decref(list);
-            return NULL;
-        }
-    return list;
-}
-
 json_t *kld_steps_json(const kld_steps *s)
 {
-    return json_pack("{s:o, s:o, s:I, s:b, s:[I,I,I,I], s:[f,I,f,I]}", "kld", numbers_json(s->kld, s->n), "nll", numbers_json(s->nll, s->n),
-                     "agreed", (json_int_t)s->agreed, "correct", s->correct, "cost", (json_int_t)s->cost.index_bytes,
-                     (json_int_t)s->cost.table_bytes, (json_int_t)s->cost.tail_bytes, (json_int_t)s->cost.rows, "audit", s->audit.mass,
-                     (json_int_t)s->audit.n_mass, s->audit.recall, (json_int_t)s->audit.n_recall);
+    return json_pack("{s:o, s:o, s:I, s:b, s:[I,I,I,I], s:[f,I,f,I]}", "kld", record_numbers(s->kld, s->n), "nll",
+                     record_numbers(s->nll, s->n), "agreed", (json_int_t)s->agreed, "correct", s->correct, "cost",
+                     (json_int_t)s->cost.index_bytes, (json_int_t)s->cost.table_bytes, (json_int_t)s->cost.tail_bytes,
+                     (json_int_t)s->cost.rows, "audit", s->audit.mass, (json_int_t)s->audit.n_mass, s->audit.recall,
+                     (json_int_t)s->audit.n_recall);
 }
 
 static quarry_code fail_record(quarry_error *error)

@@ -1,27 +1,22 @@
-#include "eval/common.h"
+#include "eval/needle.h"
 
-#include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 enum { QUESTION_TOKENS = 64 };
-
-typedef struct needle_tally {
-    series kld;
-    reading_sum reading;
-    int64_t correct, kept, cited;
-} needle_tally;
 
 typedef struct needle_run {
     quarry_model *model;
     const needle_params *params;
     const char **specs; /* [n_policies], "full" first */
     int n_policies;
-    int64_t n_vocab, asked, full_correct;
+    int64_t n_vocab;
     needle_tally *tallies; /* [n_policies] */
     needle_cell *cells;    /* [n_policies][n_depths][positions]; may be NULL */
     haystack_source source;
     float *reference;      /* [n_answer][n_vocab] logits of full along its answer */
     double *log_p, *log_q; /* [n_vocab] */
+    double *kld;           /* [n_answer] of one policy along full's answer */
     eval_watch watch;
     random_state random;
     needle_answer_fn on_answer;
@@ -33,7 +28,6 @@ typedef struct needle_case {
     const char *text_name;
     const needle *needle;
     int64_t n_tokens;
-    int64_t cell; /* of one policy's cells */
     const quarry_session *read;
     int64_t first; /* token where the text begins, after the template's */
     const token_list *question;
@@ -57,21 +51,20 @@ static quarry_code answer_greedy(needle_run *r, quarry_session *session, token_l
 }
 
 /* Feeds full's answer and measures the distance at each of its tokens; *same: the policy would have said the same. */
-static quarry_code answer_forced(needle_run *r, quarry_session *session, const token_list *answer, needle_tally *t, bool *same,
-                                 quarry_error *error)
+static quarry_code answer_forced(needle_run *r, quarry_session *session, const token_list *answer, bool *same, quarry_error *error)
 {
-    quarry_code code = QUARRY_OK;
     *same = true;
     for (int64_t i = 0; i < answer->n; i++) {
         const float *logits = quarry_session_logits(session);
         metric_log_softmax(r->reference + i * r->n_vocab, r->n_vocab, r->log_p);
         metric_log_softmax(logits, r->n_vocab, r->log_q);
-        if ((code = series_push(&t->kld, metric_kld(r->log_p, r->log_q, r->n_vocab), error)) != QUARRY_OK) return code;
+        r->kld[i] = metric_kld(r->log_p, r->log_q, r->n_vocab);
         *same = *same && metric_argmax(logits, r->n_vocab) == answer->ids[i];
-        if (i + 1 < answer->n && (code = (quarry_code)quarry_session_feed(session, &answer->ids[i], 1, NULL, error)) != QUARRY_OK)
-            return code;
+        if (i + 1 == answer->n) break;
+        const quarry_code code = (quarry_code)quarry_session_feed(session, &answer->ids[i], 1, NULL, error);
+        if (code != QUARRY_OK) return code;
     }
-    return code;
+    return QUARRY_OK;
 }
 
 static quarry_session *session_asked(const needle_run *r, const needle_case *c, int policy, quarry_error *error)
@@ -104,33 +97,20 @@ static char *answer_text(const needle_run *r, const token_list *answer, size_t *
 }
 
 /* session: the one that gave the answer. */
-static quarry_code answer_judge(needle_run *r, needle_case *c, int policy, const token_list *answer, const quarry_session *session,
-                                quarry_error *error)
+static quarry_code answer_judge(const needle_run *r, needle_case *c, int policy, const token_list *answer, const quarry_session *session,
+                                needle_said *said, quarry_error *error)
 {
     quarry_code code = QUARRY_OK;
-    bool cited = false;
     size_t n_bytes;
     char *text = answer_text(r, answer, &n_bytes, error);
     if (!text) return QUARRY_ERROR_MEMORY;
-    const bool correct = needle_answered(c->needle, text, n_bytes);
-    if (policy == 0) {
-        c->full_correct = correct;
-        r->full_correct += correct;
-        r->asked++;
-    }
-    if (correct && r->params->cite)
-        code = cite_first_holds(r->model, session, quarry_session_tokens(c->read) + c->first, c->n_tokens - c->first, c->needle, &cited,
-                                error);
-    r->tallies[policy].correct += correct;
-    r->tallies[policy].cited += cited;
-    if (r->cells) {
-        needle_cell *cell = &r->cells[(int64_t)policy * r->params->n_depths * r->params->positions + c->cell];
-        cell->asked++;
-        cell->correct += correct;
-    }
-    r->tallies[policy].kept += correct && c->full_correct;
+    said->correct = needle_answered(c->needle, text, n_bytes);
+    if (policy == 0) c->full_correct = said->correct;
+    if (said->correct && r->params->cite)
+        code = cite_first_holds(r->model, session, quarry_session_tokens(c->read) + c->first, c->n_tokens - c->first, c->needle,
+                                &said->cited, error);
     if (r->on_answer) {
-        const needle_answer a = {c->text_name, r->specs[policy], text, c->needle, c->n_tokens, correct, c->full_correct};
+        const needle_answer a = {c->text_name, r->specs[policy], text, c->needle, c->n_tokens, said->correct, c->full_correct};
         r->on_answer(&a, r->data);
     }
     memory_free(text);
@@ -138,7 +118,7 @@ static quarry_code answer_judge(needle_run *r, needle_case *c, int policy, const
 }
 
 /* Policy 0 (full) answers freely and leaves the reference; the others follow its answer, and answer freely where they would have left it. */
-static quarry_code needle_ask(needle_run *r, needle_case *c, int policy, quarry_error *error)
+static quarry_code needle_ask(needle_run *r, needle_case *c, int policy, needle_said *said, quarry_error *error)
 {
     token_list own = {0};
     bool same = true;
@@ -148,12 +128,13 @@ static quarry_code needle_ask(needle_run *r, needle_case *c, int policy, quarry_
     if (policy == 0) {
         c->answer.n = 0;
         code = answer_greedy(r, session, &c->answer, r->reference, error);
-        for (int64_t i = 0; i < c->answer.n && code == QUARRY_OK; i++) code = series_push(&r->tallies[0].kld, 0, error);
+        for (int64_t i = 0; i < c->answer.n; i++) r->kld[i] = 0;
     } else {
-        code = answer_forced(r, session, &c->answer, &r->tallies[policy], &same, error);
+        code = answer_forced(r, session, &c->answer, &same, error);
     }
     if (code != QUARRY_OK) goto done;
-    reading_add(&r->tallies[policy].reading, session, c->question->n + c->answer.n - 1);
+    *said = (needle_said){.kld = r->kld, .n_kld = c->answer.n};
+    reading_add(&said->reading, session, c->question->n + c->answer.n - 1);
     if (!same) {
         if (!(free_session = session_asked(r, c, policy, error))) {
             code = eval_failed(error);
@@ -161,12 +142,27 @@ static quarry_code needle_ask(needle_run *r, needle_case *c, int policy, quarry_
         }
         if ((code = answer_greedy(r, free_session, &own, NULL, error)) != QUARRY_OK) goto done;
     }
-    code = answer_judge(r, c, policy, same ? &c->answer : &own, same ? session : free_session, error);
+    code = answer_judge(r, c, policy, same ? &c->answer : &own, same ? session : free_session, said, error);
 done:
     quarry_session_close(free_session);
     quarry_session_close(session);
     token_list_free(&own);
     return code;
+}
+
+/* One more array in needles, of what every policy said. */
+static quarry_code needle_ask_all(needle_run *r, needle_case *c, json_t *needles, quarry_error *error)
+{
+    quarry_code code;
+    json_t *policies = json_array();
+    if (json_array_append_new(needles, policies)) return error_memory(error, "journal record", 0);
+    for (int policy = 0; policy < r->n_policies; policy++) {
+        needle_said said;
+        if ((code = eval_watch_ask(&r->watch, error)) != QUARRY_OK) return code;
+        if ((code = needle_ask(r, c, policy, &said, error)) != QUARRY_OK) return code;
+        if (json_array_append_new(policies, needle_said_json(&said))) return error_memory(error, "journal record", 0);
+    }
+    return QUARRY_OK;
 }
 
 /* How many haystacks one depth and text have. */
@@ -182,48 +178,89 @@ static int position_of(const needle_params *p, int index, int i)
     return i * turns + index % turns;
 }
 
-/* The index-th haystack of one depth and text: read once, then every needle asked for under every policy. */
-static quarry_code haystack_run(needle_run *r, int depth, int text_index, int index, quarry_error *error)
-{
-    const int64_t n_tokens = r->params->depths[depth];
-    const int positions = r->params->positions;
+/* A haystack as it is read: tokens[n_tokens] with all needles in it, `before` being the template's. */
+typedef struct haystack {
     needle needles[NEEDLE_MAX];
-    token_list before = {0}, question = {0};
-    needle_case c = {.text_name = r->params->texts[text_index].name, .n_tokens = n_tokens};
+    token_list before;
+    int32_t *tokens;
+    int64_t n_tokens;
+} haystack;
+
+static quarry_code haystack_make(needle_run *r, haystack *h, int text_index, int index, quarry_error *error)
+{
+    const needle_params *p = r->params;
+    token_list question = {0};
+    needle_draw(h->needles, p->needles, &r->random);
+    for (int i = 0; i < p->needles && p->positions > 0; i++) h->needles[i].depth = (position_of(p, index, i) + 0.5) / p->positions;
+    quarry_code code = question_encode(r->model, &h->needles[0], &h->before, &question, error);
+    if (code == QUARRY_OK)
+        code = haystack_draw(&r->source, text_index, h->needles, p->needles, &h->before, &r->random, h->tokens, h->n_tokens, error);
+    token_list_free(&question);
+    return code;
+}
+
+/* Reads a haystack once and asks for every needle under every policy: arrays in needles. */
+static quarry_code haystack_measure(needle_run *r, const haystack *h, int text_index, json_t *needles, quarry_error *error)
+{
     const quarry_session_params session_params = {.n_batch = r->params->n_batch};
-    quarry_session *session = NULL;
-    quarry_code code;
-    int32_t *tokens = memory_alloc((size_t)n_tokens, sizeof *tokens, "haystack", error);
-    if (!tokens) return QUARRY_ERROR_MEMORY;
-    needle_draw(needles, r->params->needles, &r->random);
-    for (int i = 0; i < r->params->needles && positions > 0; i++) needles[i].depth = (position_of(r->params, index, i) + 0.5) / positions;
-    if ((code = question_encode(r->model, &needles[0], &before, &question, error)) != QUARRY_OK) goto done;
-    if ((code = haystack_draw(&r->source, text_index, needles, r->params->needles, &before, &r->random, tokens, n_tokens, error)) !=
-        QUARRY_OK)
-        goto done;
-    if (!(session = session_open_policies(r->model, &session_params, r->specs, r->n_policies, error))) {
-        code = eval_failed(error);
-        goto done;
+    token_list before = {0}, question = {0};
+    quarry_session *session = session_open_policies(r->model, &session_params, r->specs, r->n_policies, error);
+    if (!session) return eval_failed(error);
+    needle_case c = {.text_name = r->params->texts[text_index].name,
+                     .n_tokens = h->n_tokens,
+                     .read = session,
+                     .first = h->before.n,
+                     .question = &question};
+    quarry_code code = eval_read(session, h->tokens, h->n_tokens, &r->watch, error);
+    for (int i = 0; i < r->params->needles && code == QUARRY_OK; i++) {
+        c.needle = &h->needles[i];
+        if ((code = question_encode(r->model, c.needle, &before, &question, error)) != QUARRY_OK) break;
+        code = needle_ask_all(r, &c, needles, error);
     }
-    if ((code = eval_read(session, tokens, n_tokens, &r->watch, error)) != QUARRY_OK) goto done;
-    c.read = session;
-    c.first = before.n;
-    c.question = &question;
-    for (int i = 0; i < r->params->needles; i++) {
-        c.needle = &needles[i];
-        c.cell = positions > 0 ? (int64_t)depth * positions + position_of(r->params, index, i) : 0;
-        if ((code = question_encode(r->model, c.needle, &before, &question, error)) != QUARRY_OK) goto done;
-        for (int policy = 0; policy < r->n_policies; policy++) {
-            if ((code = eval_watch_ask(&r->watch, error)) != QUARRY_OK) goto done;
-            if ((code = needle_ask(r, &c, policy, error)) != QUARRY_OK) goto done;
-        }
-    }
-done:
     quarry_session_close(session);
     token_list_free(&c.answer);
     token_list_free(&before);
     token_list_free(&question);
-    memory_free(tokens);
+    return code;
+}
+
+static const json_t *haystack_find(const needle_run *r, int depth, int text_index, int index, char key[48])
+{
+    snprintf(key, 48, "haystack %d %d %d", depth, text_index, index);
+    return journal_find(r->params->journal, key);
+}
+
+static quarry_code haystack_add(needle_run *r, int depth, int index, const json_t *needles, quarry_error *error)
+{
+    const needle_params *p = r->params;
+    quarry_code code = QUARRY_OK;
+    if (json_array_size(needles) != (size_t)p->needles)
+        return error_set(error, QUARRY_ERROR_FORMAT, "a record of the journal is not one of eval needle; remove the journal");
+    for (int i = 0; i < p->needles && code == QUARRY_OK; i++) {
+        needle_cell *cells = r->cells ? r->cells + (int64_t)depth * p->positions + position_of(p, index, i) : NULL;
+        code = needle_tally_add(r->tallies, r->n_policies, json_array_get(needles, (size_t)i), cells, (int64_t)p->n_depths * p->positions,
+                                error);
+    }
+    return code;
+}
+
+/* The index-th haystack of one depth and text, from the journal or measured. It is drawn in either case, for those after it depend on what was drawn before. */
+static quarry_code haystack_run(needle_run *r, int depth, int text_index, int index, quarry_error *error)
+{
+    haystack h = {.n_tokens = r->params->depths[depth]};
+    char key[48];
+    const json_t *kept = haystack_find(r, depth, text_index, index, key);
+    json_t *needles = kept ? json_incref(json_object_get(kept, "needles")) : json_array();
+    quarry_code code = needles || kept ? QUARRY_OK : error_memory(error, "journal record", 0);
+    if (code == QUARRY_OK && !(h.tokens = memory_alloc((size_t)h.n_tokens, sizeof *h.tokens, "haystack", error)))
+        code = QUARRY_ERROR_MEMORY;
+    if (code == QUARRY_OK) code = haystack_make(r, &h, text_index, index, error);
+    if (code == QUARRY_OK && !kept) code = haystack_measure(r, &h, text_index, needles, error);
+    if (code == QUARRY_OK && !kept) code = journal_add(r->params->journal, key, json_pack("{s:O}", "needles", needles), error);
+    if (code == QUARRY_OK) code = haystack_add(r, depth, index, needles, error);
+    token_list_free(&h.before);
+    memory_free(h.tokens);
+    json_decref(needles);
     return code;
 }
 
@@ -256,6 +293,7 @@ static quarry_code needle_alloc(needle_run *r, quarry_error *error)
         return QUARRY_ERROR_MEMORY;
     if (!(r->log_p = memory_alloc(n_vocab, sizeof *r->log_p, "probabilities", error))) return QUARRY_ERROR_MEMORY;
     if (!(r->log_q = memory_alloc(n_vocab, sizeof *r->log_q, "probabilities", error))) return QUARRY_ERROR_MEMORY;
+    if (!(r->kld = memory_alloc((size_t)p->n_answer, sizeof *r->kld, "divergences", error))) return QUARRY_ERROR_MEMORY;
     return QUARRY_OK;
 }
 
@@ -268,6 +306,7 @@ static void needle_free(needle_run *r)
     memory_free(r->reference);
     memory_free(r->log_p);
     memory_free(r->log_q);
+    memory_free(r->kld);
 }
 
 static void cells_clear(needle_run *r)
@@ -277,15 +316,6 @@ static void cells_clear(needle_run *r)
     for (int policy = 0; policy < r->n_policies; policy++)
         for (int d = 0; d < p->n_depths; d++)
             for (int i = 0; i < p->positions; i++) *cell++ = (needle_cell){p->depths[d], (i + 0.5) / p->positions, 0, 0};
-}
-
-/* Differences of one question are 1 (lost), -1 (gained) or 0. */
-static void loss_fill(needle_result *out)
-{
-    const double n = (double)out->asked, lost = (double)(out->full_correct - out->kept), gained = (double)(out->correct - out->kept);
-    out->loss = n > 0 ? (lost - gained) / n : 0;
-    const double sd = n > 1 ? sqrt(fmax(0, (lost + gained - n * out->loss * out->loss) / (n - 1))) : 0;
-    metric_loss_interval(out->asked, out->loss, sd, &out->loss_low, &out->loss_high);
 }
 
 quarry_code needle_measure(quarry_model *model, const needle_params *params, const quarry_watch *watch, needle_answer_fn on_answer,
@@ -299,10 +329,14 @@ quarry_code needle_measure(quarry_model *model, const needle_params *params, con
                     .cells = params->positions > 0 ? cells : NULL,
                     .on_answer = on_answer,
                     .data = data};
+    char key[48];
     quarry_code code = needle_check(model, params, error);
     if (code != QUARRY_OK) return code;
     random_seed(&r.random, params->seed);
-    for (int d = 0; d < params->n_depths; d++) r.watch.total += params->depths[d] * params->n_texts * haystacks_of(params);
+    for (int d = 0; d < params->n_depths; d++)
+        for (int t = 0; t < params->n_texts; t++)
+            for (int i = 0; i < haystacks_of(params); i++)
+                if (!haystack_find(&r, d, t, i, key)) r.watch.total += params->depths[d];
     if ((code = needle_alloc(&r, error)) != QUARRY_OK) goto done;
     if (r.cells) cells_clear(&r);
     for (int d = 0; d < params->n_depths; d++)
@@ -310,18 +344,8 @@ quarry_code needle_measure(quarry_model *model, const needle_params *params, con
             for (int i = 0; i < haystacks_of(params); i++)
                 if ((code = haystack_run(&r, d, t, i, error)) != QUARRY_OK) goto done;
     for (int i = 0; i < r.n_policies; i++) {
-        needle_tally *t = &r.tallies[i];
-        results[i] = (needle_result){.attn = i ? params->attn[i - 1] : "full",
-                                     .asked = r.asked,
-                                     .full_correct = r.full_correct,
-                                     .correct = t->correct,
-                                     .kept = t->kept,
-                                     .cited = t->cited};
-        metric_wilson(t->kept, r.full_correct, 1.96, &results[i].kept_low, &results[i].kept_high);
-        metric_wilson(t->cited, t->correct, 1.96, &results[i].cited_low, &results[i].cited_high);
-        loss_fill(&results[i]);
-        series_summarise(&t->kld, &results[i].kld);
-        reading_relate(&t->reading, &r.tallies[0].reading, model, &results[i].reading);
+        results[i] = (needle_result){.attn = i ? params->attn[i - 1] : "full"};
+        needle_tally_finish(&r.tallies[i], &r.tallies[0], model, &results[i]);
     }
 done:
     needle_free(&r);
