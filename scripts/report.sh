@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # The evaluation behind docs/report.md, by one command: measures every policy of scripts/report-policies on the default model and
-# writes FOLDER/report.html. What was finished is kept in FOLDER: run it again after a stop and it goes on (needles and
-# RULER by whole lengths).
+# writes FOLDER/report.html. What was finished is kept in FOLDER: run it again after a stop and it goes on.
 #   scripts/report.sh [-s small|normal|large] [-o FOLDER] [-m MODEL] [-p POLICIES] [-q QUARRY]
 # small: minutes, to see that it works. normal: an hour or two on two cores. large: most of a day, with RULER.
 set -euo pipefail
@@ -71,7 +70,7 @@ for depth in "${depths[@]}"; do
     measure "kld-$depth" "$quarry" eval kld -m "$model" --json --task both --audit -d "$depth" -n "$steps" --samples "$samples" --needles "$needles" \
         --journal "$folder/kld-$depth.journal" "${attn[@]}" "${texts[@]}"
 done
-measure needle "$quarry" eval needle -m "$model" --json -d "$lengths" --count "$count" "${attn[@]}" "${texts[@]}"
+measure needle "$quarry" eval needle -m "$model" --json -d "$lengths" --count "$count" --journal "$folder/needle.journal" "${attn[@]}" "${texts[@]}"
 if [ -n "$ruler" ] && "$quarry" eval ruler --help >/dev/null 2>&1; then
     measure ruler "$quarry" eval ruler -m "$model" --json --journal "$folder/ruler.journal" "${attn[@]}" "${texts[@]}"
 fi
