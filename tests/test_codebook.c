@@ -117,11 +117,11 @@ static quarry_model *open_model(void)
     return m;
 }
 
-static quarry_code run(quarry_model *m, const int32_t *tokens, const quarry_watch *heads, int *n_resumed, quarry_error *e)
+static quarry_code run(quarry_model *m, const int32_t *tokens, const quarry_watch *heads, calibrate_result *result, quarry_error *e)
 {
     codebook_header h = {
         .seed = 1, .n_random = 20, .n_centroids = CENTROIDS, .iterations = 3, .distance = 50, .exponent = 1, .shrink = 1e-6f};
-    return calibrate(m, &h, tokens, TOKENS, path, NULL, heads, n_resumed, e);
+    return calibrate(m, &h, tokens, TOKENS, path, NULL, heads, result, e);
 }
 
 static bool stop_at_4(int64_t done, int64_t of, void *data)
@@ -137,21 +137,23 @@ static void calibration_without_memory_says_so(void **state)
     quarry_model *m = open_model();
     int32_t tokens[TOKENS];
     size_t n_whole, n_bytes;
-    int n_resumed = -1;
+    calibrate_result result;
     quarry_error e = {0};
     for (int i = 0; i < TOKENS; i++) tokens[i] = 3 + i * 37 % 250;
-    assert_int_equal(run(m, tokens, NULL, &n_resumed, &e), QUARRY_OK);
-    assert_int_equal(n_resumed, 0);
+    assert_int_equal(run(m, tokens, NULL, &result, &e), QUARRY_OK);
+    assert_int_equal(result.resumed, 0);
+    assert_true(result.average > 1 && result.average <= 3 && result.capped > 0); /* of at most 3 */
+    const double average = result.average;
     char *whole = file_read_all(path, &n_whole, NULL);
     for (int taken_up = 0; taken_up < 2; taken_up++) {
         bool done = false;
         for (int i = 0; !done; i++) {
             unlink(path);
             unlink(partial);
-            if (taken_up) assert_int_equal(run(m, tokens, &(quarry_watch){.progress = stop_at_4}, &n_resumed, &e), QUARRY_ERROR_CANCELLED);
+            if (taken_up) assert_int_equal(run(m, tokens, &(quarry_watch){.progress = stop_at_4}, &result, &e), QUARRY_ERROR_CANCELLED);
             e.code = QUARRY_OK;
             memory_fail_after(i);
-            const quarry_code code = run(m, tokens, NULL, &n_resumed, &e);
+            const quarry_code code = run(m, tokens, NULL, &result, &e);
             memory_fail_after(-1);
             done = code == QUARRY_OK;
             if (!done) {
@@ -159,10 +161,11 @@ static void calibration_without_memory_says_so(void **state)
                 assert_int_equal(e.code, QUARRY_ERROR_MEMORY);
                 assert_int_not_equal(access(path, F_OK), 0);
                 if (i % 4) continue; /* every fourth: what is there is taken up */
-                assert_int_equal(run(m, tokens, NULL, &n_resumed, &e), QUARRY_OK);
-                assert_true(n_resumed >= 4 * taken_up);
+                assert_int_equal(run(m, tokens, NULL, &result, &e), QUARRY_OK);
+                assert_true(result.resumed >= 4 * taken_up);
             }
             assert_true(!done || i > 10);
+            assert_true(fabs(result.average - average) < 1e-9); /* counts heads that were there */
             char *bytes = file_read_all(path, &n_bytes, NULL);
             assert_int_equal(n_bytes, n_whole);
             assert_memory_equal(bytes, whole, n_whole);

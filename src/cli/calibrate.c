@@ -93,22 +93,23 @@ static int make(quarry_model *model, const calibrate_settings *s, const int32_t 
     };
     quarry_error error;
     cli_progress reading, clustering;
-    int n_resumed = 0;
+    calibrate_result result;
     const double start = cli_seconds();
     cli_work_begin();
     quarry_watch heads = cli_progress_start(&clustering, "clustering", s->output.quiet);
     clustering.unit = "heads";
     quarry_watch watch = cli_progress_start(&reading, "reading", s->output.quiet);
-    const quarry_code code = calibrate(model, &header, tokens, n, s->out, &watch, &heads, &n_resumed, &error);
+    const quarry_code code = calibrate(model, &header, tokens, n, s->out, &watch, &heads, &result, &error);
     cli_progress_end(&reading);
     cli_progress_end(&clustering);
     cli_work_end();
     if (code != QUARRY_OK) return cli_fail_error(&error);
-    cli_print("%s: %d %s centroids for %d layers of %d KV heads, from %lld tokens of text and %lld of UUIDs, at most %d iterations, %s, "
-              "metric to the power of %g",
-              s->out, header.n_centroids, s->type, header.n_layer, header.n_head_kv, (long long)header.n_text, (long long)header.n_random,
-              header.iterations, header.exact_rope ? "keys after RoPE" : "keys before RoPE", (double)header.exponent);
-    cli_print("; %d heads were there, %.0f s\n", n_resumed, cli_seconds() - start);
+    cli_print(
+        "%s: %d %s centroids for %d layers of %d KV heads, from %lld tokens of text and %lld of UUIDs, %s, metric to the power of %g; ",
+        s->out, header.n_centroids, s->type, header.n_layer, header.n_head_kv, (long long)header.n_text, (long long)header.n_random,
+        header.exact_rope ? "keys after RoPE" : "keys before RoPE", (double)header.exponent);
+    cli_print("%.1f iterations on average, %d of %d heads the %d allowed; %d heads were there, %.0f s\n", result.average, result.capped,
+              header.n_layer * header.n_head_kv, header.iterations, result.resumed, cli_seconds() - start);
     return CLI_OK;
 }
 

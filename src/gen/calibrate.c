@@ -125,11 +125,12 @@ typedef struct cluster_job {
     const gathering *g;
     int64_t first;    /* head of task 0 */
     uint8_t *records; /* [tasks] */
+    int32_t *used;    /* [tasks] iterations */
     quarry_code *codes;
     quarry_error *errors; /* [tasks] */
 } cluster_job;
 
-static quarry_code cluster_head(const gathering *g, int64_t at, uint8_t *record, arena *scratch, quarry_error *error)
+static quarry_code cluster_head(const gathering *g, int64_t at, uint8_t *record, int32_t *used, arena *scratch, quarry_error *error)
 {
     const codebook_header *h = g->header;
     const int64_t d = h->head_dim, n = g->n, k = h->n_centroids, stride = vq_column_stride(n);
@@ -156,6 +157,7 @@ static quarry_code cluster_head(const gathering *g, int64_t at, uint8_t *record,
     codebook_head_place(h, stored, &head);
     codebook_quantise(h, g->base.kernels, scoring, &head);
     codebook_record_pack(h, &head, record);
+    *used = head.iterations;
     return QUARRY_OK;
 }
 
@@ -165,7 +167,7 @@ static void cluster_task(void *context, int64_t task, int thread)
     const cluster_job *job = context;
     arena scratch = {0};
     job->codes[task] = cluster_head(job->g, job->first + task, job->records + (size_t)task * codebook_record_bytes(job->g->header),
-                                    &scratch, &job->errors[task]);
+                                    &job->used[task], &scratch, &job->errors[task]);
     arena_free(&scratch);
 }
 
@@ -187,10 +189,16 @@ static quarry_code write_at(int fd, const char *path, const uint8_t *bytes, size
     return fsync(fd) ? fail_io(path, error) : QUARRY_OK;
 }
 
-/* *n = whole records of the same parameters at the beginning of an unfinished file; 0 when it is another's or none. */
-static quarry_code resumable(int fd, const uint8_t *header, const codebook_header *h, int64_t heads, int64_t *n, quarry_error *error)
+static void count_head(const codebook_header *h, int32_t iterations, calibrate_result *result)
 {
-    *n = 0;
+    result->average += (double)iterations / ((double)h->n_layer * h->n_head_kv);
+    result->capped += iterations == h->iterations;
+}
+
+/* result->resumed = whole records of the same parameters at the beginning of an unfinished file; 0 when it is another's or none. */
+static quarry_code resumable(int fd, const uint8_t *header, const codebook_header *h, int64_t heads, calibrate_result *result,
+                             quarry_error *error)
+{
     uint8_t found[CODEBOOK_HEADER];
     if (pread(fd, found, sizeof found, 0) != (ssize_t)sizeof found || memcmp(found, header, sizeof found) != 0) return QUARRY_OK;
     const size_t d = (size_t)h->head_dim, record = codebook_record_bytes(h);
@@ -198,9 +206,12 @@ static quarry_code resumable(int fd, const uint8_t *header, const codebook_heade
     codebook_head head = {.lower = bytes ? memory_alloc(d * d, sizeof(float), "codebook", error) : NULL};
     void *stored = head.lower ? memory_alloc(codebook_centroid_bytes(h), 1, "codebook", error) : NULL;
     if (stored) codebook_head_place(h, stored, &head);
-    while (stored && *n < heads && pread(fd, bytes, record, (off_t)(CODEBOOK_HEADER + (size_t)*n * record)) == (ssize_t)record &&
-           codebook_record_parse(h, bytes, &head))
-        ++*n;
+    for (int64_t i = 0; stored && i < heads; i++) {
+        if (pread(fd, bytes, record, (off_t)(CODEBOOK_HEADER + (size_t)i * record)) != (ssize_t)record) break;
+        if (!codebook_record_parse(h, bytes, &head)) break;
+        count_head(h, head.iterations, result);
+        result->resumed++;
+    }
     const quarry_code code = stored ? QUARRY_OK : QUARRY_ERROR_MEMORY;
     memory_free(bytes);
     memory_free(head.lower);
@@ -208,15 +219,17 @@ static quarry_code resumable(int fd, const uint8_t *header, const codebook_heade
     return code;
 }
 
-/* Heads from `first` on, as many at a time as there are threads. */
-static quarry_code cluster_all(quarry_model *m, const gathering *g, int64_t first, int64_t heads, int fd, const char *path,
-                               const quarry_watch *watch, quarry_error *error)
+/* The heads that are missing, as many at a time as there are threads. */
+static quarry_code cluster_all(quarry_model *m, const gathering *g, int64_t heads, int fd, const char *path, const quarry_watch *watch,
+                               calibrate_result *result, quarry_error *error)
 {
     const int threads = thread_pool_size(model_pool(m));
     const size_t record = codebook_record_bytes(g->header);
+    const int64_t first = result->resumed;
     uint8_t *records = memory_alloc((size_t)threads, record, "codebook", error);
     quarry_code *codes = records ? memory_zero((size_t)threads, sizeof *codes, "codebook", error) : NULL;
-    quarry_error *errors = codes ? memory_zero((size_t)threads, sizeof *errors, "codebook", error) : NULL;
+    int32_t *used = codes ? memory_zero((size_t)threads, sizeof *used, "codebook", error) : NULL;
+    quarry_error *errors = used ? memory_zero((size_t)threads, sizeof *errors, "codebook", error) : NULL;
     quarry_code code = errors ? QUARRY_OK : QUARRY_ERROR_MEMORY;
     for (int64_t at = first; at < heads && code == QUARRY_OK; at += threads) {
         const int64_t n = heads - at < threads ? heads - at : threads;
@@ -224,20 +237,25 @@ static quarry_code cluster_all(quarry_model *m, const gathering *g, int64_t firs
             code = error_set(error, QUARRY_ERROR_CANCELLED, "cancelled");
             break;
         }
-        cluster_job job = {g, at, records, codes, errors};
+        cluster_job job = {g, at, records, used, codes, errors};
         thread_pool_run(model_pool(m), n, cluster_task, &job);
         for (int64_t i = 0; i < n && code == QUARRY_OK; i++)
-            if ((code = codes[i]) != QUARRY_OK && error) *error = errors[i];
+            if ((code = codes[i]) == QUARRY_OK)
+                count_head(g->header, used[i], result);
+            else if (error)
+                *error = errors[i];
         if (code == QUARRY_OK) code = write_at(fd, path, records, (size_t)n * record, CODEBOOK_HEADER + (size_t)at * record, error);
     }
     memory_free(records);
     memory_free(codes);
+    memory_free(used);
     memory_free(errors);
     return code;
 }
 
 static quarry_code make_file(quarry_model *m, gathering *g, const int32_t *tokens, const char *partial, const char *path,
-                             const quarry_watch *watch_tokens, const quarry_watch *watch_heads, int *n_resumed, quarry_error *error)
+                             const quarry_watch *watch_tokens, const quarry_watch *watch_heads, calibrate_result *result,
+                             quarry_error *error)
 {
     const codebook_header *h = g->header;
     const int64_t heads = (int64_t)h->n_layer * h->n_head_kv;
@@ -246,23 +264,23 @@ static quarry_code make_file(quarry_model *m, gathering *g, const int32_t *token
     codebook_header_pack(h, header);
     const int fd = open(partial, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
     if (fd < 0) return fail_io(partial, error);
-    int64_t first;
-    quarry_code code = resumable(fd, header, h, heads, &first, error);
-    *n_resumed = (int)first;
+    quarry_code code = resumable(fd, header, h, heads, result, error);
+    const int first = result->resumed;
     if (code == QUARRY_OK && ftruncate(fd, first ? (off_t)(CODEBOOK_HEADER + (size_t)first * record) : 0)) code = fail_io(partial, error);
     if (code == QUARRY_OK && first == 0) code = write_at(fd, partial, header, sizeof header, 0, error);
     if (code == QUARRY_OK && first < heads) code = gather(m, g, tokens, watch_tokens, error);
-    if (code == QUARRY_OK) code = cluster_all(m, g, first, heads, fd, partial, watch_heads, error);
+    if (code == QUARRY_OK) code = cluster_all(m, g, heads, fd, partial, watch_heads, result, error);
     if (close(fd) && code == QUARRY_OK) code = fail_io(partial, error);
     if (code == QUARRY_OK && rename(partial, path)) code = fail_io(path, error);
     return code;
 }
 
 quarry_code calibrate(quarry_model *model, codebook_header *header, const int32_t *tokens, int64_t n_tokens, const char *path,
-                      const quarry_watch *watch_tokens, const quarry_watch *watch_heads, int *n_resumed, quarry_error *error)
+                      const quarry_watch *watch_tokens, const quarry_watch *watch_heads, calibrate_result *result, quarry_error *error)
 {
     const attn_shape shape = model_attn_shape(model, KV_F32);
     gathering g = {.base = {.type = &gathering_type, .shape = shape, .kernels = model_kernels(model)}, .header = header};
+    *result = (calibrate_result){0};
     header->fingerprint = shape.fingerprint;
     header->n_layer = shape.kv.n_layer;
     header->n_head_kv = shape.kv.n_head_kv;
@@ -283,7 +301,7 @@ quarry_code calibrate(quarry_model *model, codebook_header *header, const int32_
         strcat(strcpy(partial, path), ".partial");
         g.moments = memory_zero(heads * d * d, sizeof *g.moments, "moments of queries", error);
         g.keys = g.moments ? memory_alloc(heads * (size_t)g.n, d * sizeof *g.keys, "keys", error) : NULL;
-        code = g.keys ? make_file(model, &g, all, partial, path, watch_tokens, watch_heads, n_resumed, error) : QUARRY_ERROR_MEMORY;
+        code = g.keys ? make_file(model, &g, all, partial, path, watch_tokens, watch_heads, result, error) : QUARRY_ERROR_MEMORY;
     }
     memory_free(g.moments);
     memory_free(g.keys);

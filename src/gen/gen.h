@@ -51,13 +51,19 @@ void stop_matcher_flush(stop_matcher *m, const char **out, size_t *n_out);
 
 /* ---- calibration ---- */
 
+typedef struct calibrate_result {
+    int resumed;    /* heads that were found */
+    int capped;     /* heads that took as many iterations as are allowed */
+    double average; /* iterations of a head */
+} calibrate_result;
+
 /* Makes the codebook file of the policy a2ats for a model: reads the tokens in windows of the trained context, then header->n_random tokens of random UUIDs, densely; takes keys
  * and queries before RoPE; clusters keys under H of the queries, one (layer, KV head) after the other per thread. Set in header: n_centroids, iterations, distance, exact_rope,
  * type, exponent, shrink, seed, n_random, text_digest; the rest is filled in.
  *
  * Finished heads are in PATH.partial, which a later call with the same parameters takes up; statistics are gathered again. PATH appears by renaming, complete and synced.
- * CANCELLED by watch, which is told tokens first and then heads. n_resumed: heads that were found. */
+ * CANCELLED by watch, which is told tokens first and then heads. */
 quarry_code calibrate(quarry_model *model, codebook_header *header, const int32_t *tokens, int64_t n_tokens, const char *path,
-                      const quarry_watch *watch_tokens, const quarry_watch *watch_heads, int *n_resumed, quarry_error *error);
+                      const quarry_watch *watch_tokens, const quarry_watch *watch_heads, calibrate_result *result, quarry_error *error);
 
 #endif
