@@ -119,19 +119,20 @@ typedef struct choice {
     const char *spec;
     double budget, threshold, mass, max;
     bool shared;
+    int64_t window;
 } choice;
 
 static const float near_max[GROUP] = {0.5f, -1, 2}, near_sum[GROUP] = {10, 30, 3};
 
 /* Marks the best of the far tokens with score[CENTROIDS] (log weights if it matters), one after the other: by score, then centroid, then the newer. */
-static void naive_walk(const int *codes, int64_t n_far, const double *score, int64_t least, int64_t most, double light, double mass,
+static void naive_walk(const int *codes, int64_t end, const double *score, int64_t least, int64_t most, double light, double mass,
                        bool *chosen)
 {
     bool taken[N] = {false};
     double held = 0;
-    for (int64_t k = 0; k < n_far - ATTN_SINKS; k++) {
+    for (int64_t k = 0; k < end - ATTN_SINKS; k++) {
         int64_t best = -1;
-        for (int64_t t = ATTN_SINKS; t < n_far; t++)
+        for (int64_t t = ATTN_SINKS; t < end; t++)
             if (!taken[t] && (best < 0 || score[codes[t]] >= score[codes[best]])) best = t;
         const bool wanted = k < least || (k < most && (score[codes[best]] >= light || held < mass));
         if (!wanted) return;
@@ -143,13 +144,14 @@ static void naive_walk(const int *codes, int64_t n_far, const double *score, int
 /* Which far tokens are chosen, every one scored by itself. */
 static void naive_selection(const int *codes, int64_t n_far, int64_t pos, const float *q, const float *c, const choice *o, bool *chosen)
 {
-    const double far = (double)(n_far - ATTN_SINKS);
+    const int64_t end = N - o->window < n_far ? N - o->window : n_far;
+    const double far = (double)(end - ATTN_SINKS);
     const int64_t least = o->mass > 0 ? 0 : (int64_t)(o->budget * far),
                   most = o->mass > 0 || o->threshold > 0 ? (int64_t)(o->max * far) : 0;
     const double light = o->threshold > 0 ? log(o->threshold) : INFINITY;
     double largest[CENTROIDS];
     for (int j = 0; j < CENTROIDS; j++) largest[j] = -INFINITY;
-    memset(chosen, 0, N * sizeof *chosen);
+    for (int64_t t = 0; t < N; t++) chosen[t] = t >= end && t < n_far;
     for (int g = 0; g < GROUP; g++) {
         double turned[DIM], score[CENTROIDS] = {0}, near = (double)near_sum[g] * exp((double)near_max[g]), all = near;
         turn(q + g * DIM, (double)(DISTANCE - pos), turned);
@@ -160,9 +162,9 @@ static void naive_selection(const int *codes, int64_t n_far, int64_t pos, const 
             score[j] -= log(all);
             largest[j] = fmax(largest[j], score[j]);
         }
-        if (!o->shared) naive_walk(codes, n_far, score, least, most, light, o->mass - near / all, chosen);
+        if (!o->shared) naive_walk(codes, end, score, least, most, light, o->mass - near / all, chosen);
     }
-    if (o->shared) naive_walk(codes, n_far, largest, least, most, light, 0, chosen);
+    if (o->shared) naive_walk(codes, end, largest, least, most, light, 0, chosen);
 }
 
 /* Returns how many it selects. */
@@ -209,7 +211,7 @@ static void read_file(const kv_seq *kv, int64_t n, float *c, int *codes)
     memory_free(bytes);
 }
 
-static const choice plain = {"budget=0.1", 0.1, 0, 0, 0.3, false};
+static const choice plain = {"budget=0.1", 0.1, 0, 0, 0.3, false, 0};
 
 static attn_policy *open_policy(const choice *o, const char *more)
 {
@@ -244,13 +246,15 @@ static void lists_give_what_scoring_every_token_gives(codebook_type type)
     attn_policy_destroy(p);
     selects(fork, kv, codes, c, &r, &plain);
     attn_policy_destroy(fork);
-    const choice choices[] = {{"budget=1", 1, 0, 0, 0.3, false},
-                              {"budget=0.05,shared=1", 0.05, 0, 0, 0.3, true},
-                              {"budget=0.02,threshold=0.003", 0.02, 0.003, 0, 0.3, false},
-                              {"budget=0.02,threshold=0.003,shared=1", 0.02, 0.003, 0, 0.3, true},
-                              {"threshold=0.0001,max=0.1", 0.03, 0.0001, 0, 0.1, false},
-                              {"mass=0.7", 0.03, 0, 0.7, 0.3, false},
-                              {"mass=0.9,max=0.04", 0.03, 0, 0.9, 0.04, false}};
+    const choice choices[] = {{"budget=1", 1, 0, 0, 0.3, false, 0},
+                              {"budget=0.05,shared=1", 0.05, 0, 0, 0.3, true, 0},
+                              {"budget=0.02,threshold=0.003", 0.02, 0.003, 0, 0.3, false, 0},
+                              {"budget=0.02,threshold=0.003,shared=1", 0.02, 0.003, 0, 0.3, true, 0},
+                              {"threshold=0.0001,max=0.1", 0.03, 0.0001, 0, 0.1, false, 0},
+                              {"mass=0.7", 0.03, 0, 0.7, 0.3, false, 0},
+                              {"mass=0.9,max=0.04", 0.03, 0, 0.9, 0.04, false, 0},
+                              {"window=200,budget=0.1", 0.1, 0, 0, 0.3, false, 200},
+                              {"window=600,shared=1", 0.03, 0, 0, 0.3, true, 600}};
     for (size_t i = 0; i < TEST_COUNT(choices); i++) {
         int64_t least = N, most = 0;
         p = open_policy(&choices[i], "");

@@ -12,6 +12,7 @@
 typedef struct a2ats_options {
     double budget; /* share of the far tokens, of each head, rounded down as in the paper */
     double threshold, mass, max, shared, tail;
+    double window; /* w of the windowed RoPE: tokens nearer than that are read, not scored */
 } a2ats_options;
 
 typedef struct a2ats {
@@ -88,9 +89,9 @@ static attn_policy *a2ats_create(const attn_shape *shape, const math_kernels *ke
 {
     a2ats_options o = {.budget = 0.03, .max = 0.3};
     char path[ATTN_OPTION_TEXT] = "";
-    const attn_option table[] = {{"codebook", path, 0, 0}, {"budget", &o.budget, 0, 1}, {"threshold", &o.threshold, 0, 1},
-                                 {"mass", &o.mass, 0, 1},  {"max", &o.max, 0, 1},       {"shared", &o.shared, 0, 1},
-                                 {"tail", &o.tail, 0, 1}};
+    const attn_option table[] = {{"codebook", path, 0, 0}, {"budget", &o.budget, 0, 1},  {"threshold", &o.threshold, 0, 1},
+                                 {"mass", &o.mass, 0, 1},  {"max", &o.max, 0, 1},        {"shared", &o.shared, 0, 1},
+                                 {"tail", &o.tail, 0, 1},  {"window", &o.window, 0, 1e9}};
     if (attn_options_parse("a2ats", spec, table, sizeof table / sizeof *table, error) != QUARRY_OK) return NULL;
     if (!*path) {
         error_set(error, QUARRY_ERROR_ARGUMENT, "policy a2ats needs codebook=FILE, a file that 'quarry calibrate' makes");
@@ -270,10 +271,10 @@ static void sift(const float *score, int32_t *heap, int64_t n, int64_t i)
     }
 }
 
-/* Where a walk along the ranked tokens ends: after `least`, or later, before `most`, as long as tokens have the score `light` or those walked hold
+/* A walk along the ranked tokens before the position `end`. It ends after `least`, or later, before `most`, as long as tokens have the score `light` or those walked hold
  * less than `mass`, scores then being log weights. */
 typedef struct walk {
-    int64_t least, most;
+    int64_t end, least, most;
     float light;
     double mass;
 } walk;
@@ -292,7 +293,9 @@ static int64_t take_best(const a2ats *p, size_t at, const float *score, const wa
     for (; n > 0; heap[0] = heap[--n], sift(score, heap, n, 0)) {
         const float best = score[heap[0]];
         const double share = w->mass > 0 ? exp((double)best) : 0;
-        for (int32_t token = newest[heap[0]]; token >= 0; token = next[token - ATTN_SINKS], walked++, held += share) {
+        int32_t token = newest[heap[0]];
+        while (token >= w->end) token = next[token - ATTN_SINKS];
+        for (; token >= 0; token = next[token - ATTN_SINKS], walked++, held += share) {
             if (walked >= w->least && (walked >= w->most || (best < w->light && held >= w->mass))) return walked;
             const uint64_t bit = 1ULL << (token & 63);
             if (marks[token >> 6] & bit) continue;
@@ -366,15 +369,16 @@ static quarry_code a2ats_select(const attn_policy *policy, int layer, int head, 
     const a2ats_options *o = &p->options;
     const a2ats_tables *t = p->tables;
     const int64_t k = t->header.n_centroids, stride = t->tiles * A2ATS_TILE, group = policy->shape.n_head / policy->shape.kv.n_head_kv;
-    const int64_t far = policy->n_far - ATTN_SINKS;
+    const int64_t nearer = pos + 1 - (int64_t)o->window, end = nearer < policy->n_far ? nearer : policy->n_far, far = end - ATTN_SINKS;
     const bool by_mass = o->mass > 0, by_weight = !by_mass && o->threshold > 0;
     const size_t at = head_index(p, layer, head), words = (size_t)(policy->n_far + 63) / 64;
-    const walk budget = {.least = by_mass ? 0 : (int64_t)(o->budget * (double)far),
+    const walk budget = {.end = end,
+                         .least = by_mass ? 0 : (int64_t)(o->budget * (double)far),
                          .most = by_mass || by_weight ? (int64_t)(o->max * (double)far) : 0,
                          .light = by_weight ? logf((float)o->threshold) : INFINITY};
-    *out = (attn_selection){.all = far == 0};
-    if (far == 0 || (budget.least == 0 && budget.most == 0 && !p->inner)) return QUARRY_OK;
-    out->ids = arena_alloc(scratch, (size_t)far, sizeof *out->ids, error);
+    *out = (attn_selection){.all = far <= 0};
+    if (far <= 0 || (budget.least == 0 && budget.most == 0 && end == policy->n_far && !p->inner)) return QUARRY_OK;
+    out->ids = arena_alloc(scratch, (size_t)(policy->n_far - ATTN_SINKS), sizeof *out->ids, error);
     float *scores = arena_alloc(scratch, (size_t)(group * stride), sizeof *scores, error);
     int32_t *heap = arena_alloc(scratch, (size_t)k, sizeof *heap, error);
     uint64_t *marks = arena_alloc(scratch, words, sizeof *marks, error);
@@ -384,6 +388,10 @@ static quarry_code a2ats_select(const attn_policy *policy, int layer, int head, 
     cost->index_bytes += choose(p, at, group, scores, near, &budget, heap, marks, out) * (int64_t)sizeof *p->next;
     cost->table_bytes += (int64_t)codebook_centroid_bytes(&t->header) + k * (int64_t)sizeof *p->newest;
     if (by_mass || by_weight || o->shared != 0) cost->table_bytes += k * (int64_t)sizeof *p->count;
+    for (int64_t token = end; token < policy->n_far; token++) {
+        marks[token >> 6] |= 1ULL << (token & 63);
+        out->ids[out->n++] = (int32_t)token;
+    }
     if (!p->inner) return QUARRY_OK;
     int32_t *ids = out->ids; /* ascending, as the tail wants them */
     int64_t n = 0;
@@ -404,6 +412,7 @@ const attn_policy_type attn_a2ats = {
     .summary = "reads the best far tokens of each query head by calibrated codes of keys before RoPE, drops the rest (arXiv 2502.12665)",
     .options = "codebook=FILE    what 'quarry calibrate' made for this model; needed\n"
                "budget=0.03      share of the far tokens that is read\n"
+               "window=0         tokens nearer than this are read as well, and not scored\n"
                "threshold=0      and all of at least this estimated attention weight (0: off)\n"
                "mass=0           instead of a budget: as many as this share of each head's estimated mass needs (0: off)\n"
                "max=0.3          with either, not more than this share\n"
