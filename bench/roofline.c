@@ -21,7 +21,9 @@ enum {
     LAYERS = 30,
     PARTS = LAYERS * 3,
     N_SUB = D / 4,
-    CLUSTER = 32, /* tokens of a cluster */
+    CLUSTER = 64,   /* tokens of a cluster */
+    CANDIDATE = 10, /* one token in so many is scored again */
+    SEGMENT = 4096, /* tokens that share a basis */
     TILE_ROWS = 64,
     MOST_TOKENS = 32768,
     SMALL = 1 << 16, /* floats of the buffer for vectors */
@@ -52,13 +54,18 @@ typedef struct bench {
     peak peaks[PEAK_N];
     int n_threads;
     random_state random;
-    int64_t n;        /* far tokens */
-    char *rows;       /* [PARTS][n] K|V rows, f16 */
-    uint8_t *codes;   /* [PARTS][n / 32][N_SUB][16] */
-    int8_t *clusters; /* [PARTS][2][n / CLUSTER][D] */
-    float *tables;    /* [PARTS][N_SUB][4][16] */
-    float *scale;     /* [MOST_TOKENS] */
-    int32_t *chosen;  /* [n_chosen] ascending */
+    int64_t n;           /* far tokens */
+    char *rows;          /* [PARTS][n] K|V rows, f16 */
+    uint8_t *codes;      /* [PARTS][n / 32][N_SUB][16] */
+    int8_t *clusters;    /* [PARTS][n / CLUSTER][D] */
+    uint8_t *keys;       /* [PARTS][n][D / 2] */
+    uint32_t *begin;     /* [n / CLUSTER + 1] */
+    int8_t *basis;       /* [PARTS][segments][D][D] */
+    int32_t *candidates; /* [n / CANDIDATE] ascending */
+    int8_t *query;       /* [GROUP][D] */
+    float *tables;       /* [PARTS][N_SUB][4][16] */
+    float *scale;        /* [MOST_TOKENS] */
+    int32_t *chosen;     /* [n_chosen] ascending */
     int64_t n_chosen;
     float *q;       /* [GROUP][D], then more of the kind for tiles */
     float *small;   /* [4][SMALL] */
@@ -358,24 +365,45 @@ static void collect_task(void *context, int64_t part, int thread)
     b->kernels->retrieval->collect(t->merged, blocks_of(b) * SCAN_BLOCK, t->merged[MOST_TOKENS], &ties, 4, t->ids);
 }
 
-static const int8_t *part_clusters(const bench *b, int64_t part, int values)
+static int64_t segments_of(const bench *b)
 {
-    return b->clusters + (2 * part + values) * clusters_of(b) * D;
+    return (b->n + SEGMENT - 1) / SEGMENT;
 }
 
-static void dot_i8_task(void *context, int64_t part, int thread)
+static void basis_task(void *context, int64_t part, int thread)
 {
     bench *b = context;
     static const float bias[GROUP];
-    int64_t n = clusters_of(b);
-    b->kernels->retrieval->dot_i8(b->q, GROUP, D, part_clusters(b, part, 0), b->scale, bias, n, b->threads[thread].scores, n);
+    for (int64_t i = 0; i < segments_of(b); i++)
+        b->kernels->retrieval->dot_i8(b->q, GROUP, D, b->basis + (part * segments_of(b) + i) * D * D, b->scale, bias, D,
+                                      b->threads[thread].scores, D);
+}
+
+static void dot_i4_task(void *context, int64_t part, int thread)
+{
+    bench *b = context;
+    static const float factor[GROUP] = {0.1f, 0.1f, 0.1f}, bias[GROUP] = {9000, 9000, 9000};
+    uint16_t top[GROUP] = {0};
+    int64_t n = b->n / CANDIDATE;
+    b->kernels->retrieval->dot_i4(b->query, factor, bias, GROUP, D, b->keys + part * b->n * D / 2, b->scale, b->candidates, n,
+                                  b->threads[thread].keys, n, top);
+}
+
+static void cell_sums_task(void *context, int64_t part, int thread)
+{
+    bench *b = context;
+    bench_thread *t = &b->threads[thread];
+    (void)part;
+    for (int h = 0; h < GROUP; h++)
+        b->kernels->retrieval->cell_sums(t->keys + h * blocks_of(b) * SCAN_BLOCK, b->begin, clusters_of(b), 0.01f, GROUP * N_SUB * SCAN_TOP,
+                                         t->scores);
 }
 
 static void accumulate_i8_task(void *context, int64_t part, int thread)
 {
     bench *b = context;
     int64_t n = clusters_of(b);
-    b->kernels->retrieval->accumulate_i8(b->scale, n, GROUP, D, part_clusters(b, part, 1), b->scale, n, b->threads[thread].state.o);
+    b->kernels->retrieval->accumulate_i8(b->scale, n, GROUP, D, b->clusters + part * n * D, b->scale, n, b->threads[thread].state.o);
 }
 
 /* ---- vectors ---- */
@@ -428,31 +456,31 @@ static void fill(bench *b, void *out, size_t bytes, size_t pattern, uint64_t mas
     for (size_t i = k; i < n; i += k) memcpy(x + i, x, (n - i < k ? n - i : k) * 8);
 }
 
-static int ascending_ids(const void *a, const void *b)
+/* One id of every `step`, ascending. */
+static void choose(bench *b, int32_t *ids, int step)
 {
-    int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
-    return (x > y) - (x < y);
-}
-
-/* Distinct ids in ascending order. */
-static void choose(bench *b)
-{
-    b->n_chosen = b->n / 25;
-    for (int64_t i = 0; i < b->n_chosen; i++) b->chosen[i] = (int32_t)(25 * i + (int64_t)random_below(&b->random, 25));
-    qsort(b->chosen, (size_t)b->n_chosen, sizeof *b->chosen, ascending_ids);
+    for (int64_t i = 0; i < b->n / step; i++) ids[i] = (int32_t)(step * i + (int64_t)random_below(&b->random, (uint64_t)step));
 }
 
 static void prepare(bench *b)
 {
     size_t rows_bytes = (size_t)(PARTS * b->n) * kv_row_bytes(KV_F16, D), code_bytes = (size_t)(PARTS * blocks_of(b)) * N_SUB * 16;
-    size_t cluster_bytes = (size_t)(PARTS * 2 * clusters_of(b)) * D;
+    size_t cluster_bytes = (size_t)(PARTS * clusters_of(b)) * D, key_bytes = (size_t)(PARTS * b->n) * D / 2;
+    size_t basis_bytes = (size_t)(PARTS * segments_of(b)) * D * D;
     b->rows = take(rows_bytes, 1);
     b->codes = take(code_bytes, 1);
     b->clusters = take(cluster_bytes, 1);
+    b->keys = take(key_bytes, 1);
+    b->basis = take(basis_bytes, 1);
     fill(b, b->rows, rows_bytes, 1 << 20, 0x83ff83ff83ff83ffULL, 0x3400340034003400ULL); /* ±0.25 to 0.5 */
     fill(b, b->codes, code_bytes, 1 << 20, UINT64_MAX, 0);
     fill(b, b->clusters, cluster_bytes, 1 << 20, 0x3f3f3f3f3f3f3f3fULL, 0);
-    choose(b);
+    fill(b, b->keys, key_bytes, 1 << 20, UINT64_MAX, 0);
+    fill(b, b->basis, basis_bytes, 1 << 20, 0x3f3f3f3f3f3f3f3fULL, 0);
+    b->n_chosen = b->n / 25;
+    choose(b, b->chosen, 25);
+    choose(b, b->candidates, CANDIDATE);
+    for (int64_t c = 0; c <= clusters_of(b); c++) b->begin[c] = (uint32_t)(c * CLUSTER);
     for (int t = 0; t < b->n_threads; t++) {
         bench_thread *w = &b->threads[t];
         int64_t ties = 0, n = blocks_of(b) * SCAN_BLOCK;
@@ -469,6 +497,8 @@ static void unprepare(bench *b)
     memory_free(b->rows);
     memory_free(b->codes);
     memory_free(b->clusters);
+    memory_free(b->keys);
+    memory_free(b->basis);
 }
 
 static void bench_depth(bench *b, int64_t n)
@@ -478,7 +508,8 @@ static void bench_depth(bench *b, int64_t n)
     prepare(b);
     snprintf(at, sizeof at, "%lld tokens", (long long)n);
     double tokens = (double)PARTS * (double)n, rows = (double)PARTS * (double)b->n_chosen,
-           clusters = (double)PARTS * (double)clusters_of(b);
+           clusters = (double)PARTS * (double)clusters_of(b), candidates = (double)PARTS * (double)(n / CANDIDATE),
+           bases = (double)PARTS * (double)segments_of(b) * D;
     double padded = (double)PARTS * (double)blocks_of(b) * SCAN_BLOCK, row = (double)kv_row_bytes(KV_F16, D);
     int64_t tile_parts = n > 10000 ? 8 : 30;
     double tile = (double)tile_parts * (double)(n / ATTENTION_TILE * ATTENTION_TILE);
@@ -492,7 +523,9 @@ static void bench_depth(bench *b, int64_t n)
         {"merge", "", padded * 2 * (GROUP + 1), 0, FROM_L2, NO_OPS, 1, PARTS, merge_task, b},
         {"count", "", padded * 2, 0, n > 10000 ? FROM_L2 : FROM_L1, NO_OPS, 1, PARTS, count_task, b},
         {"collect", "", padded * 2, 0, n > 10000 ? FROM_L2 : FROM_L1, NO_OPS, 1, PARTS, collect_task, b},
-        {"dot_i8 (cluster scores)", "", clusters * D, clusters * 2 * D * GROUP, FROM_MEMORY, F32, 1, PARTS, dot_i8_task, b},
+        {"dot_i8 (queries in the bases)", "", bases * D, bases * 2 * D * GROUP, FROM_MEMORY, F32, 1, PARTS, basis_task, b},
+        {"dot_i4, one token in 10", "", candidates * (D / 2 + 8), candidates * 2 * D * GROUP, FROM_MEMORY, INT8, 1, PARTS, dot_i4_task, b},
+        {"cell_sums", "", padded * 2 * GROUP, padded * 4 * GROUP, FROM_L2, F32, 1, PARTS, cell_sums_task, b},
         {"accumulate_i8 (cluster values)", "", clusters * D, clusters * 2 * D * GROUP, FROM_MEMORY, F32, 1, PARTS, accumulate_i8_task, b},
         {"accumulate_rows (read again)", "", rows * row / 2, rows * 2 * D * GROUP, FROM_L2, F32, 1, PARTS, accumulate_rows_task, b},
     };
@@ -524,6 +557,10 @@ static void buffers(bench *b)
     b->tables = take((size_t)PARTS * D * SCAN_CODES, sizeof *b->tables);
     b->scale = take((size_t)MOST_TOKENS * GROUP, sizeof *b->scale);
     b->chosen = take(MOST_TOKENS, sizeof *b->chosen);
+    b->candidates = take(MOST_TOKENS, sizeof *b->candidates);
+    b->begin = take(MOST_TOKENS / CLUSTER + 1, sizeof *b->begin);
+    b->query = take((size_t)GROUP * D, 1);
+    for (int i = 0; i < GROUP * D; i++) b->query[i] = (int8_t)((int)random_below(&b->random, 201) - 100);
     b->q = take((size_t)GROUP * TILE_ROWS * D, sizeof *b->q);
     b->small = take(4 * (size_t)SMALL, sizeof *b->small);
     b->limit = take((size_t)GROUP * TILE_ROWS, sizeof *b->limit);
