@@ -106,7 +106,7 @@ typedef struct quarry_model_info {
     int64_t n_ctx_train; /* tokens of context the model was trained for */
     int64_t n_params;
     size_t weight_bytes;       /* memory the weights take */
-    size_t kv_bytes_per_token; /* memory one token's K|V rows take, all layers */
+    size_t kv_bytes_per_token; /* memory that one more token's K|V rows take: of all layers but those with a sliding window */
 } quarry_model_info;
 
 QUARRY_API void quarry_model_get_info(const quarry_model *model, quarry_model_info *info);

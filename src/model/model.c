@@ -253,7 +253,7 @@ void quarry_model_get_info(const quarry_model *m, quarry_model_info *info)
         .n_ctx_train = s->n_ctx_train,
         .n_params = m->n_params,
         .weight_bytes = m->weight_bytes,
-        .kv_bytes_per_token = kv_row_bytes(KV_F16, s->head_dim) * (size_t)s->n_head_kv * (size_t)s->n_layer,
+        .kv_bytes_per_token = kv_row_bytes(KV_F16, s->head_dim) * (size_t)s->n_head_kv * (size_t)(s->n_layer - s->n_local),
     };
 }
 
