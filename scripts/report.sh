@@ -2,7 +2,7 @@
 # The evaluation behind docs/report.md, by one command: measures every policy of scripts/report-policies on the default model and
 # writes FOLDER/report.html. What was finished is kept in FOLDER: run it again after a stop and it goes on.
 #   scripts/report.sh [-s small|normal|large] [-o FOLDER] [-m MODEL] [-p POLICIES] [-q QUARRY]
-# small: minutes, to see that it works. normal: an hour or two on two cores. large: most of a day, with RULER.
+# small: minutes, to see that it works. normal: about an hour and a half on two cores. large: most of a day.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -18,9 +18,9 @@ while getopts s:o:m:p:q: flag; do
     esac
 done
 case $size in
-    small) depths=(1500) samples=1 steps=24 needles=4 lengths=2000 count=1 ruler= ;;
-    normal) depths=(2000 4000 7500) samples=6 steps=96 needles=8 lengths=2000,4000,7500 count=2 ruler= ;;
-    large) depths=(1000 2000 4000 7500) samples=12 steps=128 needles=16 lengths=2000,3000,4000,6000,7500 count=10 ruler=yes ;;
+    small) depths=(1500) samples=1 steps=24 needles=4 lengths=2000 count=1 positions=4 ruler=2000 tasks=1 ;;
+    normal) depths=(7400) samples=4 steps=64 needles=4 lengths=2000,4500,7500 count=1 positions=8 ruler=2048,4096,8192 tasks=6 ;;
+    large) depths=(2000 4000 7400) samples=12 steps=128 needles=16 lengths=2000,3000,4500,6000,7500 count=4 positions=8 ruler=2048,4096,8192 tasks=25 ;;
     *) echo "report: -s $size: should be small, normal or large" >&2; exit 2 ;;
 esac
 [ -x "$quarry" ] || { echo "report: $quarry is not there: run make, or name it with -q" >&2; exit 1; }
@@ -48,9 +48,11 @@ if grep -v '^#' "$policies" | grep -q CODEBOOK && ! [ -e "$codebook" ]; then
     "$quarry" calibrate -m "$model" -f "${calibration[0]}" -f "${calibration[1]}" -o "$codebook" >&2
 fi
 
-attn=()
+attn=() answering=()
 while IFS= read -r policy; do
-    case $policy in '' | '#'*) ;; *) attn+=(--attn "${policy//CODEBOOK/$codebook}") ;; esac
+    case $policy in '' | '#'*) continue ;; '+'*) answering+=(--attn "${policy#+}") ;; esac
+    policy=${policy#+}
+    attn+=(--attn "${policy//CODEBOOK/$codebook}")
 done <"$policies"
 
 # measure NAME COMMAND…: its output becomes FOLDER/NAME.json, whole or not at all; it is measured again only if the command is another one.
@@ -67,12 +69,12 @@ measure() {
 }
 
 for depth in "${depths[@]}"; do
-    measure "kld-$depth" "$quarry" eval kld -m "$model" --json --task both --audit -d "$depth" -n "$steps" --samples "$samples" --needles "$needles" \
+    measure "kld-$depth" "$quarry" eval kld -m "$model" --json --task both -d "$depth" -n "$steps" --samples "$samples" --needles "$needles" \
         --journal "$folder/kld-$depth.journal" "${attn[@]}" "${texts[@]}"
 done
-measure needle "$quarry" eval needle -m "$model" --json -d "$lengths" --count "$count" --journal "$folder/needle.journal" "${attn[@]}" "${texts[@]}"
-if [ -n "$ruler" ] && "$quarry" eval ruler --help >/dev/null 2>&1; then
-    measure ruler "$quarry" eval ruler -m "$model" --json --journal "$folder/ruler.journal" "${attn[@]}" "${texts[@]}"
-fi
+measure audit "$quarry" eval kld -m "$model" --json --audit -d 4000 -n 16 --samples 2 --journal "$folder/audit.journal" "${attn[@]}" "${texts[@]}"
+measure needle "$quarry" eval needle -m "$model" --json -d "$lengths" --positions "$positions" --needles 4 --count "$count" --journal "$folder/needle.journal" \
+    "${answering[@]}" "${texts[@]}"
+measure ruler "$quarry" eval ruler -m "$model" --json --lengths "$ruler" --samples "$tasks" --journal "$folder/ruler.journal" "${answering[@]:0:2}" "${texts[@]}"
 "$quarry" eval report "${results[@]}" -o "$folder/report.html"
 echo "$folder/report.html"

@@ -679,6 +679,36 @@ static void threshold_reads_the_heavy_tokens_up_to_a_share(void **state)
     close_world(&w);
 }
 
+/* Of four times as many tokens as those up to which it holds, what weighs half of the threshold is read. */
+static void the_threshold_falls_with_a_long_text(void **state)
+{
+    (void)state;
+    enum { N = 4 * IVFPQ_FLAT + ATTN_SINKS + 100 };
+    world w = open_world(N, 16, 1, KV_F16, "segment=16384,budget=0,min=1,max=1,threshold=0.0002,margin=4", 107);
+    read_all(&w, true);
+    float q[16];
+    int64_t between = 0, found = 0, below = 0, wrong = 0;
+    for (int round = 0; round < 4; round++) {
+        double all = 0;
+        query(&w, q);
+        outcome o = step(&w, w.p, w.kv, 0, 0, q);
+        for (int64_t pos = 0; pos < w.n; pos++) all += exp(score(&w, q, pos, 0, 0, 0));
+        for (int64_t pos = ATTN_SINKS; pos < w.p->n_far; pos++) {
+            const double of_all = exp(score(&w, q, pos, 0, 0, 0)) / all;
+            between += of_all > 0.00013 && of_all < 0.00017;
+            found += of_all > 0.00013 && of_all < 0.00017 && o.read[pos];
+            below += of_all > 0.00002 && of_all < 0.00003;
+            wrong += of_all > 0.00002 && of_all < 0.00003 && o.read[pos];
+        }
+        outcome_free(&o);
+    }
+    assert_true(between > 100 && below > 100);
+    print_message("%lld of %lld above, %lld of %lld below\n", (long long)found, (long long)between, (long long)wrong, (long long)below);
+    assert_true(found > between * 9 / 10);
+    assert_true(wrong < below / 10);
+    close_world(&w);
+}
+
 /* Near rows and selection hold about the wanted share of the head's exact weights, on average over queries: codes err. */
 static void a_budget_by_mass_reads_about_so_much(void **state)
 {
@@ -884,6 +914,7 @@ int main(void)
         cmocka_unit_test(a_seal_recodes_what_a_cut_reopened),
         cmocka_unit_test(threshold_reads_the_heavy_tokens_up_to_a_share),
         cmocka_unit_test(a_budget_by_mass_reads_about_so_much),
+        cmocka_unit_test(the_threshold_falls_with_a_long_text),
         cmocka_unit_test(extreme_queries_stay_finite),
         cmocka_unit_test(without_a_tail_the_rest_is_dropped),
         cmocka_unit_test(what_was_read_is_counted),
