@@ -60,7 +60,7 @@ static void kld_print_task(const eval_input *in, const kld_settings *s, const kl
               "perplexity");
     if (asked) cli_print("  %9s", "kept");
     if (s->audit) cli_print("  %7s  %7s", "mass", "recall");
-    cli_print("  %7s  %7s  %10s\n", "rows", "bytes", "KiB/token");
+    cli_print("  %7s  %7s  %7s  %7s  %7s\n", "rows", "index", "tables", "tail", "bytes");
     for (int i = 0; i <= in->policies.n; i++) {
         const kld_result *r = &results[i];
         cli_print("%-*s  %8.5f ± %7.5f  %8.4f  %8.4f  %9.5f ± %7.5f  %5.1f %%  %10.3f", width, r->attn, r->kld.steps.mean,
@@ -76,8 +76,11 @@ static void kld_print_task(const eval_input *in, const kld_settings *s, const kl
             print_share(r->recall);
         }
         print_share(r->reading.rows_share);
+        print_share(r->reading.index_share);
+        print_share(r->reading.tables_share);
+        print_share(r->reading.tail_share);
         print_share(r->reading.bytes_share);
-        cli_print("  %10.0f\n", r->reading.bytes_per_token / 1024);
+        cli_print("\n");
     }
 }
 
