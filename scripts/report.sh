@@ -2,7 +2,7 @@
 # The evaluation behind docs/report.md, by one command: measures every policy of scripts/report-policies on the default model and
 # writes FOLDER/report.html. What was finished is kept in FOLDER: run it again after a stop and it goes on.
 #   scripts/report.sh [-s small|normal|large] [-o FOLDER] [-m MODEL] [-p POLICIES] [-q QUARRY]
-# small: minutes, to see that it works. normal: about an hour and a half on two cores. large: most of a day.
+# small: minutes, to see that it works. normal: about an hour on two cores. large: most of a day.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -19,7 +19,7 @@ while getopts s:o:m:p:q: flag; do
 done
 case $size in
     small) depths=(1500) samples=1 steps=24 needles=4 lengths=2000 count=1 positions=4 ruler=2000 tasks=1 ;;
-    normal) depths=(7400) samples=4 steps=64 needles=4 lengths=2000,4500,7500 count=1 positions=8 ruler=2048,4096,8192 tasks=6 ;;
+    normal) depths=(7400) samples=3 steps=64 needles=3 lengths=2000,4500,7500 count=1 positions=8 ruler=2048,4096,8192 tasks=6 ;;
     large) depths=(2000 4000 7400) samples=12 steps=128 needles=16 lengths=2000,3000,4500,6000,7500 count=4 positions=8 ruler=2048,4096,8192 tasks=25 ;;
     *) echo "report: -s $size: should be small, normal or large" >&2; exit 2 ;;
 esac
