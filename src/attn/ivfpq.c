@@ -57,7 +57,7 @@ static attn_policy *ivfpq_create(const attn_shape *shape, const math_kernels *ke
                        .values = 0.8,
                        .alpha = 0.5,
                        .shrink = 0.05,
-                       .segment = 4096,
+                       .segment = shape->kv.head_dim > 128 ? 8192 : 4096,
                        .tail = 1};
     const attn_option table[] = {
         {"budget", &o.budget, 0, 1},
@@ -193,7 +193,8 @@ const attn_policy_type attn_ivfpq = {
                "values=0.8        share of the values, beside the keys, in what makes tokens of a cluster alike\n"
                "alpha=0.5         power of the query statistics in the metric of the codes\n"
                "shrink=0.05       what is added to their eigenvalues\n"
-               "segment=4096      tokens per segment of the index; twice as many where so many lie before it\n"
+               "segment=4096      tokens per segment of the index; twice as many where so many lie before it; 8192 for heads of over 128 "
+               "dimensions\n"
                "tail=1            0: drop the unread tokens instead of estimating them\n",
     .create = ivfpq_create,
     .destroy = ivfpq_destroy,
