@@ -71,7 +71,7 @@ typedef struct idle {
 static idle idle_begin(struct worker *w)
 {
     const char *next = atomic_load_explicit(&w->next, memory_order_relaxed);
-    return (idle){next, next + atomic_load_explicit(&w->next_bytes, memory_order_relaxed)};
+    return (idle){next, next ? next + atomic_load_explicit(&w->next_bytes, memory_order_relaxed) : NULL};
 }
 
 /* One step of waiting. */
