@@ -42,7 +42,9 @@ texts=()
 for text in "$documents"/*.txt; do
     case " ${calibration[*]} " in *" $text "*) ;; *) texts+=("$text") ;; esac
 done
-codebook=$folder/a2ats.codebook
+folder=$(cd "$folder" && pwd) quarry=$(realpath "$quarry") model=$(realpath "$model") policies=$(realpath "$policies")
+cd "$folder" # so that the page names the codebook without a folder
+codebook=a2ats.codebook
 if grep -v '^#' "$policies" | grep -q CODEBOOK && ! [ -e "$codebook" ]; then
     echo "report: calibrating a2ats" >&2
     "$quarry" calibrate -m "$model" -f "${calibration[0]}" -f "${calibration[1]}" -o "$codebook" >&2
