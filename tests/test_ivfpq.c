@@ -679,6 +679,39 @@ static void threshold_reads_the_heavy_tokens_up_to_a_share(void **state)
     close_world(&w);
 }
 
+/* The sharper a query, the more its codes err in nats, and the margin grows with that. */
+static void a_margin_in_standard_errors_serves_sharp_queries(void **state)
+{
+    (void)state;
+    const char *const specs[] = {"segment=512,budget=0,min=1,max=1,refine=1,threshold=0.001,outliers=0,margin=0",
+                                 "segment=512,budget=0,min=1,max=1,refine=1,threshold=0.001,outliers=0,margin=3"};
+    int64_t found[2] = {0}, heavy[2] = {0};
+    for (int i = 0; i < 2; i++) {
+        world w = open_world(1500, 64, 2, KV_F16, specs[i], 108);
+        read_all(&w, true);
+        for (int round = 0; round < 16; round++) {
+            float q[2 * 64];
+            query(&w, q);
+            for (int j = 0; j < 2 * 64; j++) q[j] *= 3;
+            outcome o = step(&w, w.p, w.kv, 0, 0, q);
+            for (int h = 0; h < 2; h++) {
+                double all = 0;
+                for (int64_t pos = 0; pos < w.n; pos++) all += exp(score(&w, q, pos, 0, 0, h));
+                for (int64_t pos = ATTN_SINKS; pos < w.p->n_far; pos++) {
+                    const bool is_heavy = exp(score(&w, q, pos, 0, 0, h)) > 0.01 * all;
+                    heavy[i] += is_heavy;
+                    found[i] += is_heavy && o.read[pos];
+                }
+            }
+            outcome_free(&o);
+        }
+        close_world(&w);
+    }
+    print_message("%lld of %lld without, %lld of %lld with a margin\n", (long long)found[0], (long long)heavy[0], (long long)found[1],
+                  (long long)heavy[1]);
+    assert_true(heavy[1] > 100 && found[1] > heavy[1] * 98 / 100 && found[0] < found[1]);
+}
+
 /* Of four times as many tokens as those up to which it holds, what weighs half of the threshold is read. */
 static void the_threshold_falls_with_a_long_text(void **state)
 {
@@ -915,6 +948,7 @@ int main(void)
         cmocka_unit_test(threshold_reads_the_heavy_tokens_up_to_a_share),
         cmocka_unit_test(a_budget_by_mass_reads_about_so_much),
         cmocka_unit_test(the_threshold_falls_with_a_long_text),
+        cmocka_unit_test(a_margin_in_standard_errors_serves_sharp_queries),
         cmocka_unit_test(extreme_queries_stay_finite),
         cmocka_unit_test(without_a_tail_the_rest_is_dropped),
         cmocka_unit_test(what_was_read_is_counted),

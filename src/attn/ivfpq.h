@@ -41,7 +41,7 @@ typedef struct ivfpq_options {
 /* Where the fields of a part lie, in bytes from its start. */
 typedef struct ivfpq_layout {
     size_t status, centre, centroids, forward, forward_scale, query, query_scale, begin, value_scale, values, order, cluster, codes,
-        key_scale, keys, outliers, total;
+        key_scale, keys, errors, outliers, total;
 } ivfpq_layout;
 
 typedef struct ivfpq_segment {
@@ -69,6 +69,7 @@ typedef struct ivfpq_part {
     uint16_t *order, *cluster;          /* [slots]: the token, counted from the segment's first; its cluster */
     uint8_t *codes;                     /* scan blocks of slots */
     float *key_scale;                   /* [slots] */
+    float *errors;                      /* [n_sub]: mean square of what codes leave of a coordinate, in those of the basis */
     uint16_t *outliers;                 /* [tokens * outliers]: the slots whose codes are worst */
     uint8_t *keys;                      /* [slots][d / 2]: key - centre in 4 bits a dimension (math/retrieval.h, dot_i4) */
 } ivfpq_part;

@@ -36,6 +36,7 @@ static ivfpq_layout layout_make(const ivfpq *p, int64_t n, int64_t n_clusters, b
     l.codes = take(&at, vq_code_bytes(p->n_sub, n));
     l.key_scale = take(&at, (size_t)n * f);
     l.keys = take(&at, (size_t)n * (d / 2));
+    l.errors = take(&at, sealed ? (size_t)p->n_sub * f : 0);
     l.outliers = take(&at, sealed ? (size_t)ivfpq_outliers(p, n) * sizeof(uint16_t) : 0);
     l.total = at;
     return l;
@@ -91,6 +92,7 @@ ivfpq_part ivfpq_part_of(const ivfpq *p, const ivfpq_segment *s, int part)
         .codes = m + l->codes,
         .key_scale = (float *)(m + l->key_scale),
         .keys = m + l->keys,
+        .errors = (float *)(m + l->errors),
         .outliers = (uint16_t *)(m + l->outliers),
     };
 }
@@ -316,13 +318,18 @@ static bool find_outliers(builder *b, const ivfpq_part *part, int64_t n)
     const int64_t k = ivfpq_outliers(b->p, n);
     float *sorted = arena_alloc(b->scratch, (size_t)n, sizeof *sorted, NULL);
     if (!sorted) return false;
+    memset(part->errors, 0, (size_t)n_sub * sizeof *part->errors);
     for (int64_t t = 0; t < n; t++) {
         float sum = 0;
-        for (int s = 0; s < n_sub; s++)
+        for (int s = 0; s < n_sub; s++) {
+            float square = 0;
             for (int j = 0; j < d_sub; j++) {
                 const float x = b->y[t * d + s * d_sub + j] - part->book.centroids[(s * d_sub + j) * SCAN_CODES + b->assign[s * n + t]];
-                sum += x * x;
+                square += x * x;
             }
+            part->errors[s] += square / (float)(n * d_sub);
+            sum += square;
+        }
         b->values[t] = sorted[t] = sum;
     }
     qsort(sorted, (size_t)n, sizeof *sorted, by_error);

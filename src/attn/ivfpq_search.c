@@ -31,6 +31,7 @@ typedef struct search {
     float *centre;                                     /* [n_views][g]: q·centre */
     uint16_t *scores;                                  /* [g][n_keys]: of each head, in steps; 0 for what has no code */
     float base[ATTN_MAX_GROUP];                        /* score k of head h means base[h] + k * step */
+    float margin[ATTN_MAX_GROUP];                      /* how far scores may be wrong and their tokens still looked at again */
     uint16_t top[ATTN_MAX_GROUP];                      /* the largest */
     uint16_t up[ATTN_MAX_GROUP], down[ATTN_MAX_GROUP]; /* what makes a key of a score */
     uint16_t *keys;                                    /* [n_keys]: what decides; 0 is no token, FORCED one without a code */
@@ -111,8 +112,16 @@ static bool tables_make(const search *s, tables *t, arena *scratch, quarry_error
     return t->zero && t->lut && t->low && t->base && t->bytes && t->rotated;
 }
 
+/* Standard error of the scores that codes give for a query, in the coordinates of the basis: of a sharp query they tell little. */
+static float code_error(const ivfpq_part *part, const float *rotated, int d, int n_sub)
+{
+    float variance = 0;
+    for (int i = 0; i < d; i++) variance += rotated[i] * rotated[i] * part->errors[i / (d / n_sub)];
+    return sqrtf(variance);
+}
+
 /* Fills the tables; returns the step that serves them all. */
-static float tables_fill(const search *s, const tables *t, attn_cost *cost)
+static float tables_fill(search *s, const tables *t, attn_cost *cost)
 {
     int g = s->g, d = s->d, n_sub = s->n_sub;
     float widest = 0;
@@ -128,6 +137,7 @@ static float tables_fill(const search *s, const tables *t, attn_cost *cost)
             for (int j = 0; j < n_sub; j++) sum += low[j];
             t->base[at] = sum;
             if (range > widest) widest = range;
+            s->margin[h] = fmaxf(s->margin[h], (float)s->p->options.margin * code_error(&v->tables, t->rotated + h * d, d, n_sub));
         }
         cost->index_bytes += (int64_t)vq_code_bytes(n_sub, v->n_coded);
         if (i < s->p->n_sealed) cost->table_bytes += (int64_t)d * (d + (SCAN_CODES + 2) * (int64_t)sizeof(float));
@@ -180,12 +190,22 @@ static bool score_of_mass(const uint16_t *scores, int64_t n, float step, int top
     return true;
 }
 
+/* Shifts that make scores keys, where a score of 0 means a log weight of base[h]. */
+static void shifts_make(search *s, const float *base)
+{
+    for (int h = 0; h < s->g; h++) {
+        float above = (base[h] - s->floor) / s->step;
+        s->up[h] = (uint16_t)lrintf(fmaxf(0, fminf(above, FORCED)));
+        s->down[h] = (uint16_t)lrintf(fmaxf(0, fminf(-above, FORCED)));
+    }
+}
+
 /* One key per token: the largest estimated weight over the heads, each normalised by what its near rows and its far tokens add up to. Of
  * the far ones the codes tell: by the means of clusters alone a head's few sharp tokens would be overlooked, and the head be taken for a
  * flat one whose weights are all large. With a budget by mass a weight is told in terms of that of the head's last token to be read. */
 static bool merge_heads(search *s, const attention_state *near, arena *scratch, quarry_error *error)
 {
-    float least = INFINITY, most = -INFINITY, base[ATTN_MAX_GROUP];
+    float least = INFINITY, most = -INFINITY, base[ATTN_MAX_GROUP], lenient[ATTN_MAX_GROUP];
     const float share = (float)s->p->options.mass;
     for (int h = 0; h < s->g; h++) {
         const uint16_t *scores = s->scores + h * s->n_keys;
@@ -201,15 +221,13 @@ static bool merge_heads(search *s, const attention_state *near, arena *scratch, 
             base[h] = s->base[h] - max - logf(of_near + of_far);
         }
         least = fminf(least, base[h]);
-        most = fmaxf(most, base[h] + s->step * (float)s->top[h]);
+        most = fmaxf(most, base[h] + s->margin[h] + s->step * (float)s->top[h]);
     }
     s->floor = fmaxf(least, most - s->step * (FORCED - 1));
-    for (int h = 0; h < s->g; h++) {
-        float above = (base[h] - s->floor) / s->step;
-        s->up[h] = (uint16_t)lrintf(fmaxf(0, fminf(above, FORCED)));
-        s->down[h] = (uint16_t)lrintf(fmaxf(0, fminf(-above, FORCED)));
-    }
+    for (int h = 0; h < s->g; h++) lenient[h] = base[h] + (s->p->options.refine > 0 ? s->margin[h] : 0);
+    shifts_make(s, lenient);
     s->kernels->merge(s->scores, s->n_keys, s->g, s->up, s->down, s->n_keys, s->keys);
+    shifts_make(s, base); /* for scores of keys */
     for (const view *v = s->views; v < s->views + s->n_views; v++) {
         for (int64_t t = v->n_coded; t < cut_padded(v->n); t++) s->keys[v->key + t] = t < v->n ? FORCED : 0;
         if (s->p->options.refine > 0 && v - s->views < s->p->n_sealed && v->n_coded)
@@ -248,13 +266,13 @@ static bool by_weight(const ivfpq_options *o)
     return o->threshold > 0 || o->mass > 0;
 }
 
-/* The key of what weighs so much that it is to be read, and of what lies `below` nats below it. The threshold falls with the square root of what is beyond
+/* The key of what weighs so much that it is to be read. The threshold falls with the square root of what is beyond
  * IVFPQ_FLAT tokens: of a longer text more is unread, so that less of it may be estimated, but not so much less that rows grow with the text. */
-static int heavy_key(const search *s, double below)
+static int heavy_key(const search *s)
 {
     const ivfpq_options *o = &s->p->options;
     float longer = fmaxf(1, (float)s->n_tokens / IVFPQ_FLAT);
-    return key_of(s, (o->mass > 0 ? 0 : logf((float)o->threshold) - 0.5f * logf(longer)) - (float)below);
+    return key_of(s, (o->mass > 0 ? 0 : logf((float)o->threshold) - 0.5f * logf(longer)));
 }
 
 static int64_t share_of(const search *s, double share)
@@ -268,7 +286,7 @@ static cut cut_to_read(const search *s, const uint16_t *keys, int64_t n)
     const ivfpq_options *o = &s->p->options;
     int64_t least = least_wanted(s), most = share_of(s, o->max);
     if (!by_weight(o) || most <= least) return cut_find(s->kernels, keys, n, least, 0, n, CUT_BEYOND, 0);
-    return cut_between(s->kernels, keys, n, least, most, heavy_key(s, 0));
+    return cut_between(s->kernels, keys, n, least, most, heavy_key(s));
 }
 
 /* What is estimated again. */
@@ -279,7 +297,7 @@ static cut cut_to_refine(const search *s)
     int64_t least = ivfpq_min64(s->n_tokens, 2 * least_wanted(s) + SPARE), most = share_of(s, o->refine);
     if (most < least) most = least;
     if (!by_weight(o)) return cut_find(s->kernels, s->keys, s->n_keys, most, 0, s->n_keys, CUT_BEYOND, 0);
-    return cut_between(s->kernels, s->keys, s->n_keys, least, most, heavy_key(s, o->margin));
+    return cut_between(s->kernels, s->keys, s->n_keys, least, most, heavy_key(s));
 }
 
 static bool candidates_make(candidates *c, int64_t n, arena *scratch, quarry_error *error)
@@ -492,6 +510,7 @@ void ivfpq_tail(const attn_policy *policy, int layer, int head, const float *q, 
             e[c] = f->left[c] > 0 ? e[c] / f->left[c] : 0;
         }
         for (int64_t i = 0; i < n; i++) f->weights[h * n + i] = f->cluster[i] < 0 ? 0 : -e[f->cluster[i]];
+        if (mass == 0) continue; /* all that might weigh anything is read */
         state->l[h] = state->l[h] * before + mass;
         state->m[h] = top;
         for (int i = 0; i < d; i++) state->o[h * d + i] *= before;
