@@ -2,7 +2,7 @@
 # The evaluation behind docs/report.md, by one command: measures every policy of scripts/report-policies on the default model and
 # writes FOLDER/report.html. What was finished is kept in FOLDER: run it again after a stop and it goes on.
 #   scripts/report.sh [-s small|normal|large] [-o FOLDER] [-m MODEL] [-p POLICIES] [-q QUARRY]
-# small: minutes, to see that it works. normal: about an hour on two cores. large: most of a day.
+# small: minutes, to see that it works. normal: an hour or more on two cores. large: most of a day.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
