@@ -115,8 +115,10 @@ static bool tables_make(const search *s, tables *t, arena *scratch, quarry_error
 /* Standard error of the scores that codes give for a query, in the coordinates of the basis: of a sharp query they tell little. */
 static float code_error(const ivfpq_part *part, const float *rotated, int d, int n_sub)
 {
+    const int d_sub = d / n_sub;
     float variance = 0;
-    for (int i = 0; i < d; i++) variance += rotated[i] * rotated[i] * part->errors[i / (d / n_sub)];
+    for (int s = 0; s < n_sub; s++, rotated += d_sub)
+        for (int i = 0; i < d_sub; i++) variance += rotated[i] * rotated[i] * part->errors[s];
     return sqrtf(variance);
 }
 
