@@ -62,6 +62,21 @@ void reading_add(reading_sum *sum, const quarry_session *session, int64_t n_toke
     sum->tokens += n_tokens;
 }
 
+bool reading_add_record(reading_sum *sum, const json_t *cost, int64_t n_tokens)
+{
+    json_int_t index, tables, tail, rows;
+    if (json_unpack((json_t *)cost, "[I,I,I,I!]", &index, &tables, &tail, &rows)) return false;
+    attn_cost_add(&sum->cost, &(attn_cost){.index_bytes = index, .table_bytes = tables, .tail_bytes = tail, .rows = rows});
+    sum->tokens += n_tokens;
+    return true;
+}
+
+json_t *record_cost(const attn_cost *cost)
+{
+    return json_pack("[I,I,I,I]", (json_int_t)cost->index_bytes, (json_int_t)cost->table_bytes, (json_int_t)cost->tail_bytes,
+                     (json_int_t)cost->rows);
+}
+
 void reading_relate(const reading_sum *sum, const reading_sum *full, const quarry_model *model, eval_reading *out)
 {
     const int64_t row = (int64_t)kv_row_bytes(KV_F16, model_shape_of(model)->head_dim);

@@ -59,10 +59,13 @@ typedef struct reading_sum {
 } reading_sum;
 /* Adds what a fork read for the n_tokens it was fed. */
 void reading_add(reading_sum *sum, const quarry_session *session, int64_t n_tokens);
+/* The same from what record_cost made; false if cost (which may be NULL) is not that. */
+bool reading_add_record(reading_sum *sum, const json_t *cost, int64_t n_tokens);
 /* Per token: the two may have answered at different length. */
 void reading_relate(const reading_sum *sum, const reading_sum *full, const quarry_model *model, eval_reading *out);
 
 /* For journals; NULL out of memory. */
+json_t *record_cost(const attn_cost *cost);
 json_t *record_numbers(const double *values, int64_t n);
 
 /* ---- score.c: answers that are texts, and what their scores add up to ---- */

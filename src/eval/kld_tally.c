@@ -6,11 +6,9 @@ const char *const kld_task_names[KLD_TASKS] = {"prose", "needle"};
 
 json_t *kld_steps_json(const kld_steps *s)
 {
-    return json_pack("{s:o, s:o, s:I, s:b, s:[I,I,I,I], s:[f,I,f,I]}", "kld", record_numbers(s->kld, s->n), "nll",
-                     record_numbers(s->nll, s->n), "agreed", (json_int_t)s->agreed, "correct", s->correct, "cost",
-                     (json_int_t)s->cost.index_bytes, (json_int_t)s->cost.table_bytes, (json_int_t)s->cost.tail_bytes,
-                     (json_int_t)s->cost.rows, "audit", s->audit.mass, (json_int_t)s->audit.n_mass, s->audit.recall,
-                     (json_int_t)s->audit.n_recall);
+    return json_pack("{s:o, s:o, s:I, s:b, s:o, s:[f,I,f,I]}", "kld", record_numbers(s->kld, s->n), "nll", record_numbers(s->nll, s->n),
+                     "agreed", (json_int_t)s->agreed, "correct", s->correct, "cost", record_cost(&s->cost), "audit", s->audit.mass,
+                     (json_int_t)s->audit.n_mass, s->audit.recall, (json_int_t)s->audit.n_recall);
 }
 
 static quarry_code fail_record(quarry_error *error)
@@ -21,13 +19,13 @@ static quarry_code fail_record(quarry_error *error)
 /* policy and full: two members of one record. */
 static quarry_code tally_policy(kld_tally *t, const json_t *policy, const json_t *full, quarry_error *error)
 {
-    json_t *kld, *nll, *full_nll;
-    json_int_t agreed, index, tables, tail, rows, n_mass, n_recall;
+    json_t *kld, *nll, *full_nll, *cost;
+    json_int_t agreed, n_mass, n_recall;
     double mass, recall, kld_sum = 0, nll_sum = 0, dnll_sum = 0;
     int correct, full_correct;
     quarry_code code;
-    if (json_unpack((json_t *)policy, "{s:o, s:o, s:I, s:b, s:[I,I,I,I], s:[F,I,F,I]}", "kld", &kld, "nll", &nll, "agreed", &agreed,
-                    "correct", &correct, "cost", &index, &tables, &tail, &rows, "audit", &mass, &n_mass, &recall, &n_recall) ||
+    if (json_unpack((json_t *)policy, "{s:o, s:o, s:I, s:b, s:o, s:[F,I,F,I]}", "kld", &kld, "nll", &nll, "agreed", &agreed, "correct",
+                    &correct, "cost", &cost, "audit", &mass, &n_mass, &recall, &n_recall) ||
         json_unpack((json_t *)full, "{s:o, s:b}", "nll", &full_nll, "correct", &full_correct))
         return fail_record(error);
     const size_t n = json_array_size(kld);
@@ -46,9 +44,7 @@ static quarry_code tally_policy(kld_tally *t, const json_t *policy, const json_t
         (code = series_push(&t->nll_means, nll_sum / (double)n, error)) != QUARRY_OK ||
         (code = series_push(&t->dnll_means, dnll_sum / (double)n, error)) != QUARRY_OK)
         return code;
-    const attn_cost cost = {.index_bytes = index, .table_bytes = tables, .tail_bytes = tail, .rows = rows};
-    attn_cost_add(&t->reading.cost, &cost);
-    t->reading.tokens += (int64_t)n;
+    if (!reading_add_record(&t->reading, cost, (int64_t)n)) return fail_record(error);
     t->steps += (int64_t)n;
     t->agreed += agreed;
     t->samples++;

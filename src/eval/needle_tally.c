@@ -4,10 +4,8 @@
 
 json_t *needle_said_json(const needle_said *s)
 {
-    const attn_cost *cost = &s->reading.cost;
-    return json_pack("{s:b, s:b, s:o, s:[I,I,I,I], s:I}", "correct", s->correct, "cited", s->cited, "kld", record_numbers(s->kld, s->n_kld),
-                     "cost", (json_int_t)cost->index_bytes, (json_int_t)cost->table_bytes, (json_int_t)cost->tail_bytes,
-                     (json_int_t)cost->rows, "tokens", (json_int_t)s->reading.tokens);
+    return json_pack("{s:b, s:b, s:o, s:o, s:I}", "correct", s->correct, "cited", s->cited, "kld", record_numbers(s->kld, s->n_kld), "cost",
+                     record_cost(&s->reading.cost), "tokens", (json_int_t)s->reading.tokens);
 }
 
 static quarry_code fail_record(quarry_error *error)
@@ -22,14 +20,14 @@ quarry_code needle_tally_add(needle_tally *tallies, int n_policies, const json_t
     if (json_array_size(policies) != (size_t)n_policies) return fail_record(error);
     for (int p = 0; p < n_policies; p++) {
         needle_tally *t = &tallies[p];
-        json_t *kld;
-        json_int_t index, tables, tail, rows, tokens;
+        json_t *kld, *cost;
+        json_int_t tokens;
         int correct, cited;
         size_t i;
         json_t *value;
-        if (json_unpack(json_array_get(policies, (size_t)p), "{s:b, s:b, s:o, s:[I,I,I,I], s:I}", "correct", &correct, "cited", &cited,
-                        "kld", &kld, "cost", &index, &tables, &tail, &rows, "tokens", &tokens) ||
-            !json_is_array(kld))
+        if (json_unpack(json_array_get(policies, (size_t)p), "{s:b, s:b, s:o, s:o, s:I}", "correct", &correct, "cited", &cited, "kld", &kld,
+                        "cost", &cost, "tokens", &tokens) ||
+            !json_is_array(kld) || !reading_add_record(&t->reading, cost, tokens))
             return fail_record(error);
         if (p == 0) full_correct = correct;
         json_array_foreach(kld, i, value)
@@ -37,9 +35,6 @@ quarry_code needle_tally_add(needle_tally *tallies, int n_policies, const json_t
             const quarry_code code = series_push(&t->kld, json_number_value(value), error);
             if (code != QUARRY_OK) return code;
         }
-        const attn_cost cost = {.index_bytes = index, .table_bytes = tables, .tail_bytes = tail, .rows = rows};
-        attn_cost_add(&t->reading.cost, &cost);
-        t->reading.tokens += tokens;
         t->asked++;
         t->full_correct += full_correct;
         t->correct += correct;

@@ -66,19 +66,7 @@ quarry_code answer_ask(const quarry_model *model, const quarry_session *read, in
 
 json_t *score_record(double score, const reading_sum *reading)
 {
-    return json_pack("{s:f, s:I, s:I, s:I, s:I, s:I}", "score", score, "index", (json_int_t)reading->cost.index_bytes, "tables",
-                     (json_int_t)reading->cost.table_bytes, "tail", (json_int_t)reading->cost.tail_bytes, "rows",
-                     (json_int_t)reading->cost.rows, "tokens", (json_int_t)reading->tokens);
-}
-
-static bool record_parse(const json_t *record, double *score, reading_sum *reading)
-{
-    json_int_t index, tables, tail, rows, tokens;
-    if (json_unpack((json_t *)record, "{s:F, s:I, s:I, s:I, s:I, s:I}", "score", score, "index", &index, "tables", &tables, "tail", &tail,
-                    "rows", &rows, "tokens", &tokens))
-        return false;
-    *reading = (reading_sum){{.index_bytes = index, .table_bytes = tables, .tail_bytes = tail, .rows = rows}, tokens};
-    return true;
+    return json_pack("{s:f, s:o, s:I}", "score", score, "cost", record_cost(&reading->cost), "tokens", (json_int_t)reading->tokens);
 }
 
 quarry_code score_cells_add(score_cell *cells, int n_policies, const json_t *records, const char *key, const char *command,
@@ -87,16 +75,16 @@ quarry_code score_cells_add(score_cell *cells, int n_policies, const json_t *rec
     double of_full = 0;
     for (int policy = 0; policy < n_policies; policy++) {
         double score;
-        reading_sum reading;
-        if (!record_parse(json_array_get(records, (size_t)policy), &score, &reading))
+        json_t *cost;
+        json_int_t tokens;
+        if (json_unpack(json_array_get(records, (size_t)policy), "{s:F, s:o, s:I}", "score", &score, "cost", &cost, "tokens", &tokens) ||
+            !reading_add_record(&cells[policy].reading, cost, tokens))
             return error_set(error, QUARRY_ERROR_FORMAT, "the journal's record '%s' is not one of %s; remove the journal", key, command);
         if (policy == 0) of_full = score;
         quarry_code code = series_push(&cells[policy].scores, score, error);
         if (code == QUARRY_OK) code = series_push(&cells[policy].losses, of_full - score, error);
         if (code != QUARRY_OK) return code;
         cells[policy].kept += fmin(of_full, score);
-        attn_cost_add(&cells[policy].reading.cost, &reading.cost);
-        cells[policy].reading.tokens += reading.tokens;
     }
     return QUARRY_OK;
 }
