@@ -239,6 +239,39 @@ static void test_what_precedes_the_question_does_not_depend_on_it(void **state)
     }
 }
 
+/* eval doc relies on it: it tokenises a document for its first question only. */
+static void test_a_question_does_not_depend_on_the_text_before_it(void **state)
+{
+    (void)state;
+    const char *const vocabularies[] = {"smollm", "llama-bpe", "spm", "spm"};
+    const char *const families[] = {"chatml", "llama-3", "llama-2", "plain"};
+    const char *const documents[] = {
+        "x", "A document that ends in the middle of a wo", "in a space ", "\n\n in lines\n\n", "<|im_end|>", "\xff", "\xe3\x80\x82"};
+    for (size_t v = 0; v < TEST_COUNT(vocabularies); v++) {
+        tokenizer *t = open_small(vocabularies[v]);
+        token_list base = {0};
+        int64_t base_split = 0;
+        for (size_t d = 0; d < TEST_COUNT(documents); d++) {
+            const chat_part parts[] = {{documents[d], strlen(documents[d])}, {"\n\nWhy?", 6}};
+            const chat_message message = {"user", parts, 2};
+            token_list list = {0};
+            int64_t split = -1;
+            assert_int_equal(chat_encode(find(NULL, families[v]), t, NULL, &message, 1, true, true, &list, &split, NULL), QUARRY_OK);
+            assert_true(split > 0 && split < list.n);
+            if (d == 0) {
+                base = list;
+                base_split = split;
+                continue;
+            }
+            assert_int_equal(list.n - split, base.n - base_split);
+            assert_memory_equal(list.ids + split, base.ids + base_split, (size_t)(list.n - split) * sizeof *list.ids);
+            token_list_free(&list);
+        }
+        token_list_free(&base);
+        tokenizer_destroy(t);
+    }
+}
+
 static void test_start_token_is_written_once(void **state)
 {
     (void)state;
@@ -344,6 +377,7 @@ int main(void)
         cmocka_unit_test(test_unfit_conversations_are_refused),
         cmocka_unit_test(test_tokens_are_markup_with_and_text_without_special_tokens),
         cmocka_unit_test(test_what_precedes_the_question_does_not_depend_on_it),
+        cmocka_unit_test(test_a_question_does_not_depend_on_the_text_before_it),
         cmocka_unit_test(test_start_token_is_written_once),
         cmocka_unit_test(test_the_space_behind_markup_belongs_to_the_text),
         cmocka_unit_test(test_turns_apart_are_the_tokens_of_the_whole),

@@ -19,7 +19,8 @@ typedef struct doc_run {
     void *data;
 } doc_run;
 
-/* All prompts, before anything is read: what does not fit is said at once. */
+/* All prompts, before anything is read: what does not fit is said at once. A document is tokenised for its first question only: parts of a message are tokenised apart, so
+ * that a question's tokens are the same after any other text. */
 static quarry_code prompts_make(doc_run *r, quarry_error *error)
 {
     const doc_set *set = r->params->set;
@@ -29,17 +30,19 @@ static quarry_code prompts_make(doc_run *r, quarry_error *error)
         return QUARRY_ERROR_MEMORY;
     for (int i = 0; i < set->n_questions; i++) {
         const doc_question *q = &set->questions[i];
-        const quarry_document document = {.text = set->documents[q->document].text, .n_bytes = set->documents[q->document].n_bytes};
-        quarry_prompt prompt;
+        const doc_document *d = &set->documents[q->document];
+        quarry_prompt prompt, *read = &r->documents[q->document];
+        const quarry_document document =
+            read->context ? (quarry_document){.text = "x", .n_bytes = 1} : (quarry_document){.text = d->text, .n_bytes = d->n_bytes};
         const quarry_code code = (quarry_code)quarry_prompt_build(r->model, &document, 1, NULL, q->question, &prompt, error);
         if (code != QUARRY_OK) return code;
         r->questions[i] = (quarry_prompt){.question = prompt.question, .n_question = prompt.n_question};
         prompt.question = NULL;
-        const int64_t n = prompt.n_context + prompt.n_question + r->params->n_answer;
-        if (!r->documents[q->document].context)
-            r->documents[q->document] = prompt;
+        if (!read->context)
+            *read = prompt;
         else
             quarry_prompt_free(&prompt);
+        const int64_t n = read->n_context + r->questions[i].n_question + r->params->n_answer;
         if (n > trained)
             return error_set(
                 error, QUARRY_ERROR_CONTEXT,
