@@ -11,15 +11,15 @@ const cli_option eval_options_table[] = {
     {"-b, --batch-size", "N", CLI_INT, offsetof(eval_options, n_batch), "512", "tokens per forward pass while reading", 1, 65536},
     {0}};
 
-int eval_input_begin(eval_input *in, const cli_model_options *model, const eval_options *options, const cli_output_options *output,
-                     int n_texts)
+int eval_input_begin(eval_input *in, const eval_settings *settings, int n_texts)
 {
+    const eval_options *options = &settings->input;
     quarry_error error;
     *in = (eval_input){0};
     for (int i = 0; i < options->attn.n; i++)
         if (policy_list_add(&in->policies, options->attn.items[i], &error) != QUARRY_OK) return cli_fail_error(&error);
     if (options->attn.n == 0 && policy_list_add(&in->policies, attn_policies[0]->name, &error) != QUARRY_OK) return cli_fail_error(&error);
-    const int code = cli_model_open(&in->model, model, output);
+    const int code = cli_model_open(&in->model, &settings->model, &settings->output);
     if (code) return code;
     quarry_model_get_info(in->model, &in->info);
     in->texts = memory_zero((size_t)n_texts, sizeof *in->texts, "texts", &error);
@@ -50,13 +50,13 @@ static int read_text(eval_input *in, const char *path)
 }
 
 /* Texts are the files of -f and what follows the flags, so that -f *.txt means what it looks like. */
-int eval_input_open(eval_input *in, const cli_model_options *model, const eval_options *options, const cli_output_options *output,
-                    const cli_list *arguments, const cli_command *command)
+int eval_input_open(eval_input *in, const eval_settings *settings, const cli_list *arguments, const cli_command *command)
 {
+    const cli_list *files = &settings->input.files;
     *in = (eval_input){0};
-    if (options->files.n + arguments->n == 0) return cli_fail_usage(command, "no text: name one with -f FILE");
-    int code = eval_input_begin(in, model, options, output, options->files.n + arguments->n);
-    for (int i = 0; i < options->files.n && !code; i++) code = read_text(in, options->files.items[i]);
+    if (files->n + arguments->n == 0) return cli_fail_usage(command, "no text: name one with -f FILE");
+    int code = eval_input_begin(in, settings, files->n + arguments->n);
+    for (int i = 0; i < files->n && !code; i++) code = read_text(in, files->items[i]);
     for (int i = 0; i < arguments->n && !code; i++) code = read_text(in, arguments->items[i]);
     return code;
 }
@@ -64,6 +64,8 @@ int eval_input_open(eval_input *in, const cli_model_options *model, const eval_o
 void eval_input_close(eval_input *in)
 {
     for (int i = 0; i < in->n_texts; i++) quarry_free((void *)in->texts[i].tokens);
+    journal_close(in->journal);
+    json_decref(in->envelope);
     memory_free(in->texts);
     memory_free(in->digests);
     policy_list_free(&in->policies);
@@ -93,36 +95,52 @@ json_t *eval_json_policies(const eval_input *in)
     return list;
 }
 
-json_t *eval_json_envelope(const eval_input *in, const cli_command *command, const void *settings, const cli_list *arguments,
-                           const cli_model_options *model, int64_t seed, json_t *parameters)
+int eval_input_record(eval_input *in, const cli_command *command, const eval_settings *settings, const cli_list *arguments, int64_t seed,
+                      json_t *parameters)
 {
     quarry_error error;
     char digest[DIGEST_CHARS];
-    const char *path = cli_model_path(model);
-    char *line = NULL, name[64];
-    json_t *envelope = NULL;
-    snprintf(name, sizeof name, "%s", command->name);
+    const char *path = cli_model_path(&settings->model);
+    char *line = NULL;
+    int code = CLI_OK;
+    if (!settings->output.json && !settings->journal) goto done;
     if (digest_file(path, digest, &error) != QUARRY_OK) {
-        cli_fail_error(&error);
+        code = cli_fail_error(&error);
         goto done;
     }
     line = cli_command_line(command, settings, arguments);
-    envelope = json_pack("{s:s, s:s, s:s, s:{s:s, s:s, s:s, s:s, s:I}, s:s, s:o, s:o, s:O}", "command", name, "line", line ? line : "",
-                         "version", quarry_version(), "model", "name", in->info.name, "file", file_name(path), "digest", digest,
-                         "quantization", in->info.quantization, "n_ctx_train", (json_int_t)in->info.n_ctx_train, "isa", in->info.kernels,
-                         "seed", seed < 0 ? json_null() : json_integer(seed), "texts", json_texts(in), "parameters", parameters);
-    if (!line || !envelope) cli_fail("out of memory");
+    in->envelope =
+        json_pack("{s:s, s:s, s:s, s:{s:s, s:s, s:s, s:s, s:I}, s:s, s:o, s:o, s:O}", "command", command->name, "line", line ? line : "",
+                  "version", quarry_version(), "model", "name", in->info.name, "file", file_name(path), "digest", digest, "quantization",
+                  in->info.quantization, "n_ctx_train", (json_int_t)in->info.n_ctx_train, "isa", in->info.kernels, "seed",
+                  seed < 0 ? json_null() : json_integer(seed), "texts", json_texts(in), "parameters", parameters);
+    if (!line || !in->envelope)
+        code = cli_fail("out of memory");
+    else if (settings->journal && !(in->journal = journal_open(settings->journal, in->envelope, &error)))
+        code = cli_fail_error(&error);
 done:
     memory_free(line);
     json_decref(parameters);
-    return envelope;
+    return code;
 }
 
-int eval_journal_open(journal **out, const char *path, const json_t *envelope)
+quarry_watch eval_measure_begin(cli_progress *progress, const eval_settings *settings)
 {
-    quarry_error error;
-    *out = path ? journal_open(path, envelope, &error) : NULL;
-    return path && !*out ? cli_fail_error(&error) : CLI_OK;
+    cli_work_begin();
+    return cli_progress_start(progress, "measuring", settings->output.quiet);
+}
+
+int eval_measure_end(cli_progress *progress, quarry_code measured, const quarry_error *error)
+{
+    cli_work_end();
+    cli_progress_end(progress);
+    return measured == QUARRY_OK ? CLI_OK : cli_fail_error(error);
+}
+
+int eval_print_json(eval_input *in, json_t *results)
+{
+    json_object_set_new(in->envelope, "results", results);
+    return json_print(json_incref(in->envelope));
 }
 
 json_t *eval_json_number(double value)

@@ -1,4 +1,4 @@
-/* What the commands `quarry eval TASK` share: texts and policies from the command line, and how both are printed. */
+/* What the commands `quarry eval TASK` share: texts and policies from the command line, the frame of a measurement, and how results are printed. */
 #ifndef CLI_EVAL_COMMON_H
 #define CLI_EVAL_COMMON_H
 
@@ -13,7 +13,15 @@ typedef struct eval_options {
 
 extern const cli_option eval_options_table[]; /* the first is -f: commands with another kind of file begin after it */
 
-/* What a task needs: an open model, its texts as tokens, the policies. */
+/* The settings of every evaluation begin with this. */
+typedef struct eval_settings {
+    cli_model_options model;
+    eval_options input;
+    cli_output_options output;
+    const char *journal;
+} eval_settings;
+
+/* What a task needs: an open model, its texts as tokens, the policies; and where its results go. */
 typedef struct eval_input {
     quarry_model *model;
     quarry_model_info info;
@@ -21,27 +29,31 @@ typedef struct eval_input {
     eval_text *texts;
     int n_texts;
     char (*digests)[DIGEST_CHARS]; /* [n_texts] of the files' bytes */
+    json_t *envelope;              /* what --json prints, and the header of the journal; NULL if neither is asked for */
+    journal *journal;              /* NULL if not asked for */
 } eval_input;
 
 /* Opens the model, reads the texts of -f and of the arguments, and lists the policies (default: the default policy). An exit code; eval_input_close also after a
  * failure. */
-int eval_input_open(eval_input *in, const cli_model_options *model, const eval_options *options, const cli_output_options *output,
-                    const cli_list *arguments, const cli_command *command);
+int eval_input_open(eval_input *in, const eval_settings *settings, const cli_list *arguments, const cli_command *command);
 void eval_input_close(eval_input *in);
 /* Its parts, for commands with another kind of file: the model, the policies and room for n_texts, then one text after the other. Exit codes. */
-int eval_input_begin(eval_input *in, const cli_model_options *model, const eval_options *options, const cli_output_options *output,
-                     int n_texts);
+int eval_input_begin(eval_input *in, const eval_settings *settings, int n_texts);
 int eval_input_add(eval_input *in, const char *path, const char *text, size_t n_bytes);
 
-/* What every evaluation prints with --json, less "results" (docs/eval.md): command, program, model, isa, seed, texts, parameters. Takes over parameters. A journal's header is the same.
- * seed < 0: nothing is drawn. NULL after a message: a failure. */
-json_t *eval_json_envelope(const eval_input *in, const cli_command *command, const void *settings, const cli_list *arguments,
-                           const cli_model_options *model, int64_t seed, json_t *parameters);
+/* Fills in->envelope and opens in->journal, if they are asked for: what every evaluation prints with --json, less "results" (docs/eval.md), is the header of its journal as well.
+ * Takes over parameters. seed < 0: nothing is drawn. An exit code. */
+int eval_input_record(eval_input *in, const cli_command *command, const eval_settings *settings, const cli_list *arguments, int64_t seed,
+                      json_t *parameters);
 /* The policies, for parameters. */
 json_t *eval_json_policies(const eval_input *in);
 
-/* Opens the journal at path with the envelope as its header; path NULL: *out is NULL. */
-int eval_journal_open(journal **out, const char *path, const json_t *envelope);
+/* Around a measurement: progress and interrupts. The end returns an exit code, after a message if measured is not QUARRY_OK. */
+quarry_watch eval_measure_begin(cli_progress *progress, const eval_settings *settings);
+int eval_measure_end(cli_progress *progress, quarry_code measured, const quarry_error *error);
+
+/* The envelope with its results, a list that is taken over. An exit code. */
+int eval_print_json(eval_input *in, json_t *results);
 
 /* A number, or null for NAN. */
 json_t *eval_json_number(double value);

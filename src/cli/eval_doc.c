@@ -3,10 +3,8 @@
 #include "cli/eval_common.h"
 
 typedef struct doc_settings {
-    cli_model_options model;
-    eval_options eval; /* its files stay empty */
-    cli_output_options output;
-    const char *file, *journal;
+    eval_settings eval; /* its files stay empty */
+    const char *file;
     int64_t n_answer;
 } doc_settings;
 
@@ -16,14 +14,14 @@ static const cli_option doc_table[] = {
      "\"answer\"",
      0, 0},
     {"-n, --predict", "N", CLI_INT, offsetof(doc_settings, n_answer), "64", "most tokens of an answer", 1, 65536},
-    {"--journal", "FILE", CLI_TEXT, offsetof(doc_settings, journal), NULL,
+    {"--journal", "FILE", CLI_TEXT, offsetof(doc_settings, eval.journal), NULL,
      "keep finished questions in FILE; the same command goes on from there when it was stopped", 0, 0},
     {0}};
 
 static const cli_group doc_groups[] = {{"Measurement", doc_table, 0},
-                                       {"Policies", eval_options_table + 1, offsetof(doc_settings, eval)},
-                                       {"Model", cli_model_table, offsetof(doc_settings, model)},
-                                       {"Output", cli_output_table, offsetof(doc_settings, output)},
+                                       {"Policies", eval_options_table + 1, offsetof(doc_settings, eval.input)},
+                                       {"Model", cli_model_table, offsetof(doc_settings, eval.model)},
+                                       {"Output", cli_output_table, offsetof(doc_settings, eval.output)},
                                        {0}};
 
 static void on_answer(const doc_question *q, const char *attn, bool correct, const char *answer, void *data)
@@ -53,7 +51,7 @@ static void doc_print(const eval_input *in, const doc_set *set, const doc_result
     }
 }
 
-static int doc_print_json(json_t *envelope, const doc_result *results, int n)
+static int doc_print_json(eval_input *in, const doc_result *results, int n)
 {
     json_t *list = json_array();
     for (int i = 0; i < n; i++) {
@@ -64,34 +62,27 @@ static int doc_print_json(json_t *envelope, const doc_result *results, int n)
                                                "kept_high", r->kept_high));
         json_array_append_new(list, item);
     }
-    json_object_set_new(envelope, "results", list);
-    return json_print(json_incref(envelope));
+    return eval_print_json(in, list);
 }
 
 static json_t *json_parameters(const eval_input *in, const doc_settings *s, const doc_set *set)
 {
     return json_pack("{s:i, s:i, s:I, s:I, s:o}", "documents", set->n_documents, "questions", set->n_questions, "predict",
-                     (json_int_t)s->n_answer, "batch_size", (json_int_t)s->eval.n_batch, "attn", eval_json_policies(in));
+                     (json_int_t)s->n_answer, "batch_size", (json_int_t)s->eval.input.n_batch, "attn", eval_json_policies(in));
 }
 
-static int measure_print(const eval_input *in, const doc_settings *s, const doc_params *params, json_t *envelope)
+static int measure_print(eval_input *in, const doc_settings *s, const doc_params *params)
 {
     cli_progress progress;
     quarry_error error;
-    int code = CLI_OK;
     doc_result *results = memory_zero((size_t)in->policies.n + 1, sizeof *results, "results", &error);
     if (!results) return cli_fail_error(&error);
-    const quarry_watch watch = cli_progress_start(&progress, "measuring", s->output.quiet);
-    cli_work_begin();
-    const quarry_code measured =
-        doc_measure(in->model, params, &watch, s->output.verbose ? on_answer : NULL, params->set->path, results, &error);
-    cli_work_end();
-    cli_progress_end(&progress);
-    if (measured != QUARRY_OK)
-        code = cli_fail_error(&error);
-    else if (s->output.json)
-        code = doc_print_json(envelope, results, in->policies.n + 1);
-    else
+    const doc_answer_fn tell = s->eval.output.verbose ? on_answer : NULL;
+    const quarry_watch watch = eval_measure_begin(&progress, &s->eval);
+    int code = eval_measure_end(&progress, doc_measure(in->model, params, &watch, tell, params->set->path, results, &error), &error);
+    if (!code && s->eval.output.json)
+        code = doc_print_json(in, results, in->policies.n + 1);
+    else if (!code)
         doc_print(in, params->set, results);
     memory_free(results);
     return code;
@@ -106,7 +97,7 @@ static int open_input(eval_input *in, doc_set *set, const doc_settings *s)
     int code = cli_read_file(&text, &n_bytes, s->file);
     if (!code && (doc_parse(set, s->file, text, n_bytes, &error) != QUARRY_OK || doc_load(set, &error) != QUARRY_OK))
         code = cli_fail_error(&error);
-    if (!code) code = eval_input_begin(in, &s->model, &s->eval, &s->output, set->n_documents + 1);
+    if (!code) code = eval_input_begin(in, &s->eval, set->n_documents + 1);
     if (!code) code = eval_input_add(in, s->file, text, n_bytes);
     for (int i = 0; i < set->n_documents && !code; i++) {
         const doc_document *d = &set->documents[i];
@@ -121,24 +112,17 @@ static int doc_run(const void *settings, const cli_list *arguments)
     const doc_settings *s = settings;
     eval_input in = {0};
     doc_set set = {0};
-    journal *kept = NULL;
-    json_t *envelope = NULL;
     if (!s->file) return cli_fail_usage(&command_eval_doc, "no questions: name a file with -f FILE");
     if (arguments->n) return cli_fail_usage(&command_eval_doc, "'%s': one file of questions expected, with -f", arguments->items[0]);
     int code = open_input(&in, &set, s);
-    if (!code && (s->output.json || s->journal) &&
-        !(envelope = eval_json_envelope(&in, &command_eval_doc, s, arguments, &s->model, -1, json_parameters(&in, s, &set))))
-        code = CLI_FAILED;
-    if (!code) code = eval_journal_open(&kept, s->journal, envelope);
+    if (!code) code = eval_input_record(&in, &command_eval_doc, &s->eval, arguments, -1, json_parameters(&in, s, &set));
     const doc_params params = {.attn = (const char *const *)in.policies.specs,
                                .n_attn = in.policies.n,
                                .set = &set,
                                .n_answer = (int)s->n_answer,
-                               .n_batch = (int)s->eval.n_batch,
-                               .journal = kept};
-    if (!code) code = measure_print(&in, s, &params, envelope);
-    journal_close(kept);
-    json_decref(envelope);
+                               .n_batch = (int)s->eval.input.n_batch,
+                               .journal = in.journal};
+    if (!code) code = measure_print(&in, s, &params);
     eval_input_close(&in); /* its texts are named by the set */
     doc_set_free(&set);
     return code;

@@ -5,10 +5,8 @@
 #include "cli/eval_common.h"
 
 typedef struct kld_settings {
-    cli_model_options model;
-    eval_options eval;
-    cli_output_options output;
-    const char *task, *journal;
+    eval_settings eval;
+    const char *task;
     int64_t depth, n_steps, samples, needles, seed;
     bool audit;
 } kld_settings;
@@ -27,14 +25,14 @@ static const cli_option kld_table[] = {
     {"-s, --seed", "N", CLI_INT, offsetof(kld_settings, seed), "1", "needle: seed of places, keys and numbers", 0, 9e18},
     {"--audit", NULL, CLI_SWITCH, offsetof(kld_settings, audit), NULL,
      "also compare what was read with exact scores: attention mass covered, recall of the top k (slower)", 0, 0},
-    {"--journal", "FILE", CLI_TEXT, offsetof(kld_settings, journal), NULL,
+    {"--journal", "FILE", CLI_TEXT, offsetof(kld_settings, eval.journal), NULL,
      "keep finished samples in FILE; the same command goes on from there when it was stopped", 0, 0},
     {0}};
 
 static const cli_group kld_groups[] = {{"Measurement", kld_table, 0},
-                                       {"Texts and policies", eval_options_table, offsetof(kld_settings, eval)},
-                                       {"Model", cli_model_table, offsetof(kld_settings, model)},
-                                       {"Output", cli_output_table, offsetof(kld_settings, output)},
+                                       {"Texts and policies", eval_options_table, offsetof(kld_settings, eval.input)},
+                                       {"Model", cli_model_table, offsetof(kld_settings, eval.model)},
+                                       {"Output", cli_output_table, offsetof(kld_settings, eval.output)},
                                        {0}};
 
 static void print_share(double share)
@@ -104,12 +102,11 @@ static json_t *json_result(const kld_result *r)
     return item;
 }
 
-static int kld_print_json(json_t *envelope, const kld_result *results, int n_results)
+static int kld_print_json(eval_input *in, const kld_result *results, int n_results)
 {
     json_t *list = json_array();
     for (int i = 0; i < n_results; i++) json_array_append_new(list, json_result(&results[i]));
-    json_object_set_new(envelope, "results", list);
-    return json_print(json_incref(envelope));
+    return eval_print_json(in, list);
 }
 
 /* samples and haystacks of the task; an exit code. */
@@ -127,27 +124,21 @@ static json_t *json_parameters(const eval_input *in, const kld_settings *s)
 {
     return json_pack("{s:s, s:I, s:I, s:I, s:I, s:b, s:I, s:o}", "task", s->task, "depth", (json_int_t)s->depth, "steps",
                      (json_int_t)s->n_steps, "samples", (json_int_t)s->samples, "needles", (json_int_t)s->needles, "audit", s->audit,
-                     "batch_size", (json_int_t)s->eval.n_batch, "attn", eval_json_policies(in));
+                     "batch_size", (json_int_t)s->eval.input.n_batch, "attn", eval_json_policies(in));
 }
 
 /* Measures and prints. */
-static int kld_measure_print(const eval_input *in, const kld_settings *s, kld_params *params, json_t *envelope)
+static int measure_print(eval_input *in, const kld_settings *s, const kld_params *params)
 {
     cli_progress progress;
     quarry_error error;
-    int code = CLI_OK;
     kld_result *results = memory_zero((size_t)kld_n_results(params), sizeof *results, "results", &error);
     if (!results) return cli_fail_error(&error);
-    const quarry_watch watch = cli_progress_start(&progress, "measuring", s->output.quiet);
-    cli_work_begin();
-    const quarry_code measured = kld_measure(in->model, params, &watch, results, &error);
-    cli_work_end();
-    cli_progress_end(&progress);
-    if (measured != QUARRY_OK)
-        code = cli_fail_error(&error);
-    else if (s->output.json)
-        code = kld_print_json(envelope, results, kld_n_results(params));
-    else
+    const quarry_watch watch = eval_measure_begin(&progress, &s->eval);
+    int code = eval_measure_end(&progress, kld_measure(in->model, params, &watch, results, &error), &error);
+    if (!code && s->eval.output.json)
+        code = kld_print_json(in, results, kld_n_results(params));
+    else if (!code)
         kld_print(in, s, results, kld_n_results(params));
     memory_free(results);
     return code;
@@ -157,16 +148,11 @@ static int kld_run(const void *settings, const cli_list *arguments)
 {
     const kld_settings *s = settings;
     eval_input in = {0};
-    journal *kept = NULL;
-    json_t *envelope = NULL;
     kld_params params = {0};
     int code = set_task(&params, s);
-    if (!code) code = eval_input_open(&in, &s->model, &s->eval, &s->output, arguments, &command_eval_kld);
-    if (!code && (s->output.json || s->journal) &&
-        !(envelope = eval_json_envelope(&in, &command_eval_kld, s, arguments, &s->model, params.haystacks ? s->seed : -1,
-                                        json_parameters(&in, s))))
-        code = CLI_FAILED;
-    if (!code) code = eval_journal_open(&kept, s->journal, envelope);
+    if (!code) code = eval_input_open(&in, &s->eval, arguments, &command_eval_kld);
+    if (!code)
+        code = eval_input_record(&in, &command_eval_kld, &s->eval, arguments, params.haystacks ? s->seed : -1, json_parameters(&in, s));
     params.attn = (const char *const *)in.policies.specs;
     params.n_attn = in.policies.n;
     params.texts = in.texts;
@@ -176,11 +162,9 @@ static int kld_run(const void *settings, const cli_list *arguments)
     params.needles = (int)s->needles;
     params.seed = (uint64_t)s->seed;
     params.audit = s->audit;
-    params.n_batch = (int)s->eval.n_batch;
-    params.journal = kept;
-    if (!code) code = kld_measure_print(&in, s, &params, envelope);
-    journal_close(kept);
-    json_decref(envelope);
+    params.n_batch = (int)s->eval.input.n_batch;
+    params.journal = in.journal;
+    if (!code) code = measure_print(&in, s, &params);
     eval_input_close(&in);
     return code;
 }

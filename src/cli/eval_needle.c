@@ -3,10 +3,8 @@
 #include "cli/eval_common.h"
 
 typedef struct needle_settings {
-    cli_model_options model;
-    eval_options eval;
-    cli_output_options output;
-    const char *depths, *journal;
+    eval_settings eval;
+    const char *depths;
     int64_t count, needles, positions, n_answer, seed;
     bool cite;
 } needle_settings;
@@ -23,14 +21,14 @@ static const cli_option needle_table[] = {
     {"-s, --seed", "N", CLI_INT, offsetof(needle_settings, seed), "1", "seed of places, keys and numbers", 0, 9e18},
     {"--cite", NULL, CLI_SWITCH, offsetof(needle_settings, cite), NULL,
      "count the right answers whose first citation (quarry ask --cite) holds the needle", 0, 0},
-    {"--journal", "FILE", CLI_TEXT, offsetof(needle_settings, journal), NULL,
+    {"--journal", "FILE", CLI_TEXT, offsetof(needle_settings, eval.journal), NULL,
      "keep finished haystacks in FILE; the same command goes on from there when it was stopped", 0, 0},
     {0}};
 
 static const cli_group needle_groups[] = {{"Measurement", needle_table, 0},
-                                          {"Texts and policies", eval_options_table, offsetof(needle_settings, eval)},
-                                          {"Model", cli_model_table, offsetof(needle_settings, model)},
-                                          {"Output", cli_output_table, offsetof(needle_settings, output)},
+                                          {"Texts and policies", eval_options_table, offsetof(needle_settings, eval.input)},
+                                          {"Model", cli_model_table, offsetof(needle_settings, eval.model)},
+                                          {"Output", cli_output_table, offsetof(needle_settings, eval.output)},
                                           {0}};
 
 static void on_answer(const needle_answer *a, void *data)
@@ -100,8 +98,7 @@ static json_t *json_grid(const needle_cell *cells, int64_t n)
     return list;
 }
 
-static int needle_print_json(json_t *envelope, const eval_input *in, bool cite, const needle_result *results, const needle_cell *cells,
-                             int64_t n_cells)
+static int needle_print_json(eval_input *in, bool cite, const needle_result *results, const needle_cell *cells, int64_t n_cells)
 {
     json_t *list = json_array();
     for (int i = 0; i <= in->policies.n; i++) {
@@ -117,15 +114,14 @@ static int needle_print_json(json_t *envelope, const eval_input *in, bool cite, 
         if (n_cells > 0) json_object_set_new(item, "grid", json_grid(cells + i * n_cells, n_cells));
         json_array_append_new(list, item);
     }
-    json_object_set_new(envelope, "results", list);
-    return json_print(json_incref(envelope));
+    return eval_print_json(in, list);
 }
 
 static json_t *json_parameters(const eval_input *in, const needle_settings *s)
 {
     return json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:b, s:o}", "depths", s->depths, "count", (json_int_t)s->count, "needles",
                      (json_int_t)s->needles, "positions", (json_int_t)s->positions, "predict", (json_int_t)s->n_answer, "batch_size",
-                     (json_int_t)s->eval.n_batch, "cite", s->cite, "attn", eval_json_policies(in));
+                     (json_int_t)s->eval.input.n_batch, "cite", s->cite, "attn", eval_json_policies(in));
 }
 
 static void needle_print_all(const eval_input *in, bool cite, const needle_result *results, const needle_cell *cells, int n_depths,
@@ -137,29 +133,23 @@ static void needle_print_all(const eval_input *in, bool cite, const needle_resul
     if (cite) needle_print_citations(in, results);
 }
 
-static int measure_print(const eval_input *in, const needle_settings *s, const needle_params *params, json_t *envelope)
+static int measure_print(eval_input *in, const needle_settings *s, const needle_params *params)
 {
     cli_progress progress;
     quarry_error error;
     const int64_t n_cells = (int64_t)params->n_depths * params->positions; /* of one policy */
     needle_cell *cells = NULL;
-    int code = CLI_OK;
     needle_result *results = memory_zero((size_t)in->policies.n + 1, sizeof *results, "results", &error);
     if (!results || !(cells = memory_zero((size_t)in->policies.n + 1, (size_t)n_cells * sizeof *cells, "results", &error))) {
         memory_free(results);
         return cli_fail_error(&error);
     }
-    const quarry_watch watch = cli_progress_start(&progress, "reading", s->output.quiet);
-    cli_work_begin();
-    const quarry_code measured =
-        needle_measure(in->model, params, &watch, s->output.verbose ? on_answer : NULL, NULL, results, cells, &error);
-    cli_work_end();
-    cli_progress_end(&progress);
-    if (measured != QUARRY_OK)
-        code = cli_fail_error(&error);
-    else if (s->output.json)
-        code = needle_print_json(envelope, in, s->cite, results, cells, n_cells);
-    else
+    const needle_answer_fn tell = s->eval.output.verbose ? on_answer : NULL;
+    const quarry_watch watch = eval_measure_begin(&progress, &s->eval);
+    int code = eval_measure_end(&progress, needle_measure(in->model, params, &watch, tell, NULL, results, cells, &error), &error);
+    if (!code && s->eval.output.json)
+        code = needle_print_json(in, s->cite, results, cells, n_cells);
+    else if (!code)
         needle_print_all(in, s->cite, results, cells, params->n_depths, params->positions);
     memory_free(results);
     memory_free(cells);
@@ -170,17 +160,12 @@ static int needle_run(const void *settings, const cli_list *arguments)
 {
     const needle_settings *s = settings;
     eval_input in = {0};
-    journal *kept = NULL;
-    json_t *envelope = NULL;
     quarry_error error;
     int64_t *depths = NULL;
     const int64_t n_depths = list_parse_numbers(s->depths, "--depths", 64, 1000000000, &depths, &error);
     if (n_depths < 0) return cli_fail_error(&error);
-    int code = eval_input_open(&in, &s->model, &s->eval, &s->output, arguments, &command_eval_needle);
-    if (!code && (s->output.json || s->journal) &&
-        !(envelope = eval_json_envelope(&in, &command_eval_needle, s, arguments, &s->model, s->seed, json_parameters(&in, s))))
-        code = CLI_FAILED;
-    if (!code) code = eval_journal_open(&kept, s->journal, envelope);
+    int code = eval_input_open(&in, &s->eval, arguments, &command_eval_needle);
+    if (!code) code = eval_input_record(&in, &command_eval_needle, &s->eval, arguments, s->seed, json_parameters(&in, s));
     const needle_params params = {.attn = (const char *const *)in.policies.specs,
                                   .n_attn = in.policies.n,
                                   .texts = in.texts,
@@ -193,11 +178,9 @@ static int needle_run(const void *settings, const cli_list *arguments)
                                   .n_answer = (int)s->n_answer,
                                   .cite = s->cite,
                                   .seed = (uint64_t)s->seed,
-                                  .n_batch = (int)s->eval.n_batch,
-                                  .journal = kept};
-    if (!code) code = measure_print(&in, s, &params, envelope);
-    journal_close(kept);
-    json_decref(envelope);
+                                  .n_batch = (int)s->eval.input.n_batch,
+                                  .journal = in.journal};
+    if (!code) code = measure_print(&in, s, &params);
     memory_free(depths);
     eval_input_close(&in);
     return code;

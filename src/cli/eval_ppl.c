@@ -1,10 +1,7 @@
 #include "cli/eval_common.h"
 
 typedef struct ppl_settings {
-    cli_model_options model;
-    eval_options eval;
-    cli_output_options output;
-    const char *journal;
+    eval_settings eval;
     int64_t window, n_scored, samples;
 } ppl_settings;
 
@@ -14,14 +11,14 @@ static const cli_option ppl_table[] = {
      "tokens scored, at the end of each window; 0: its second half, as llama-perplexity has it", 0, 1e9},
     {"--samples", "N", CLI_INT, offsetof(ppl_settings, samples), "4",
      "windows measured, spread over the texts; 0: all, one after the other, as llama-perplexity has them", 0, 1e6},
-    {"--journal", "FILE", CLI_TEXT, offsetof(ppl_settings, journal), NULL,
+    {"--journal", "FILE", CLI_TEXT, offsetof(ppl_settings, eval.journal), NULL,
      "keep finished windows in FILE; the same command goes on from there when it was stopped", 0, 0},
     {0}};
 
 static const cli_group ppl_groups[] = {{"Measurement", ppl_table, 0},
-                                       {"Texts and policies", eval_options_table, offsetof(ppl_settings, eval)},
-                                       {"Model", cli_model_table, offsetof(ppl_settings, model)},
-                                       {"Output", cli_output_table, offsetof(ppl_settings, output)},
+                                       {"Texts and policies", eval_options_table, offsetof(ppl_settings, eval.input)},
+                                       {"Model", cli_model_table, offsetof(ppl_settings, eval.model)},
+                                       {"Output", cli_output_table, offsetof(ppl_settings, eval.output)},
                                        {0}};
 
 static void ppl_print(const eval_input *in, const kld_params *params, const kld_result *results)
@@ -41,7 +38,7 @@ static void ppl_print(const eval_input *in, const kld_params *params, const kld_
     }
 }
 
-static int ppl_print_json(json_t *envelope, const kld_result *results, int n)
+static int ppl_print_json(eval_input *in, const kld_result *results, int n)
 {
     json_t *list = json_array();
     for (int i = 0; i < n; i++) {
@@ -51,34 +48,27 @@ static int ppl_print_json(json_t *envelope, const kld_result *results, int n)
                                               r->nll.steps.mean, "nll_error", eval_best_error(&r->nll), "dnll", eval_json_mean(&r->dnll),
                                               "reading", eval_json_reading(&r->reading)));
     }
-    json_object_set_new(envelope, "results", list);
-    return json_print(json_incref(envelope));
+    return eval_print_json(in, list);
 }
 
 static json_t *json_parameters(const eval_input *in, const ppl_settings *s, const kld_params *params)
 {
     return json_pack("{s:I, s:I, s:I, s:I, s:b, s:I, s:o}", "ctx_size", (json_int_t)s->window, "depth", (json_int_t)params->depth, "steps",
                      (json_int_t)params->n_steps, "samples", (json_int_t)params->samples, "consecutive", params->consecutive, "batch_size",
-                     (json_int_t)s->eval.n_batch, "attn", eval_json_policies(in));
+                     (json_int_t)s->eval.input.n_batch, "attn", eval_json_policies(in));
 }
 
-static int measure_print(const eval_input *in, const ppl_settings *s, const kld_params *params, json_t *envelope)
+static int measure_print(eval_input *in, const ppl_settings *s, const kld_params *params)
 {
     cli_progress progress;
     quarry_error error;
-    int code = CLI_OK;
     kld_result *results = memory_zero((size_t)kld_n_results(params), sizeof *results, "results", &error);
     if (!results) return cli_fail_error(&error);
-    const quarry_watch watch = cli_progress_start(&progress, "measuring", s->output.quiet);
-    cli_work_begin();
-    const quarry_code measured = kld_measure(in->model, params, &watch, results, &error);
-    cli_work_end();
-    cli_progress_end(&progress);
-    if (measured != QUARRY_OK)
-        code = cli_fail_error(&error);
-    else if (s->output.json)
-        code = ppl_print_json(envelope, results, kld_n_results(params));
-    else
+    const quarry_watch watch = eval_measure_begin(&progress, &s->eval);
+    int code = eval_measure_end(&progress, kld_measure(in->model, params, &watch, results, &error), &error);
+    if (!code && s->eval.output.json)
+        code = ppl_print_json(in, results, kld_n_results(params));
+    else if (!code)
         ppl_print(in, params, results);
     memory_free(results);
     return code;
@@ -88,24 +78,17 @@ static int ppl_run(const void *settings, const cli_list *arguments)
 {
     const ppl_settings *s = settings;
     eval_input in = {0};
-    journal *kept = NULL;
-    json_t *envelope = NULL;
     quarry_error error;
-    int code = eval_input_open(&in, &s->model, &s->eval, &s->output, arguments, &command_eval_ppl);
+    int code = eval_input_open(&in, &s->eval, arguments, &command_eval_ppl);
     kld_params params = {.attn = (const char *const *)in.policies.specs,
                          .n_attn = in.policies.n,
                          .texts = in.texts,
                          .n_texts = in.n_texts,
-                         .n_batch = (int)s->eval.n_batch};
+                         .n_batch = (int)s->eval.input.n_batch};
     if (!code && ppl_windows(&params, s->window, s->n_scored, (int)s->samples, &error) != QUARRY_OK) code = cli_fail_error(&error);
-    if (!code && (s->output.json || s->journal) &&
-        !(envelope = eval_json_envelope(&in, &command_eval_ppl, s, arguments, &s->model, -1, json_parameters(&in, s, &params))))
-        code = CLI_FAILED;
-    if (!code) code = eval_journal_open(&kept, s->journal, envelope);
-    params.journal = kept;
-    if (!code) code = measure_print(&in, s, &params, envelope);
-    journal_close(kept);
-    json_decref(envelope);
+    if (!code) code = eval_input_record(&in, &command_eval_ppl, &s->eval, arguments, -1, json_parameters(&in, s, &params));
+    params.journal = in.journal;
+    if (!code) code = measure_print(&in, s, &params);
     eval_input_close(&in);
     return code;
 }

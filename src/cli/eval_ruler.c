@@ -4,10 +4,8 @@
 #include "cli/eval_common.h"
 
 typedef struct ruler_settings {
-    cli_model_options model;
-    eval_options eval;
-    cli_output_options output;
-    const char *tasks, *lengths, *journal;
+    eval_settings eval;
+    const char *tasks, *lengths;
     int64_t samples, seed;
 } ruler_settings;
 
@@ -18,14 +16,14 @@ static const cli_option ruler_table[] = {
      "tokens, question and room for the answer included", 0, 0},
     {"--samples", "N", CLI_INT, offsetof(ruler_settings, samples), "10", "per task and length", 1, 1e6},
     {"-s, --seed", "N", CLI_INT, offsetof(ruler_settings, seed), "1", "seed of everything drawn", 0, 9e18},
-    {"--journal", "FILE", CLI_TEXT, offsetof(ruler_settings, journal), NULL,
+    {"--journal", "FILE", CLI_TEXT, offsetof(ruler_settings, eval.journal), NULL,
      "keep finished samples in FILE; the same command goes on from there when it was stopped", 0, 0},
     {0}};
 
 static const cli_group ruler_groups[] = {{"Measurement", ruler_table, 0},
-                                         {"Texts and policies", eval_options_table, offsetof(ruler_settings, eval)},
-                                         {"Model", cli_model_table, offsetof(ruler_settings, model)},
-                                         {"Output", cli_output_table, offsetof(ruler_settings, output)},
+                                         {"Texts and policies", eval_options_table, offsetof(ruler_settings, eval.input)},
+                                         {"Model", cli_model_table, offsetof(ruler_settings, eval.model)},
+                                         {"Output", cli_output_table, offsetof(ruler_settings, eval.output)},
                                          {0}};
 
 static void on_answer(const char *task, int64_t length, const char *attn, double score, const char *text, void *data)
@@ -53,7 +51,7 @@ static void ruler_print(const eval_input *in, const ruler_settings *s, const sco
     }
 }
 
-static int ruler_print_json(json_t *envelope, const score_result *results, int n)
+static int ruler_print_json(eval_input *in, const score_result *results, int n)
 {
     json_t *list = json_array();
     for (int i = 0; i < n; i++) {
@@ -61,8 +59,7 @@ static int ruler_print_json(json_t *envelope, const score_result *results, int n
         json_object_set_new(item, "counted", json_boolean(results[i].counted));
         json_array_append_new(list, item);
     }
-    json_object_set_new(envelope, "results", list);
-    return json_print(json_incref(envelope));
+    return eval_print_json(in, list);
 }
 
 /* The texts again, as text, one after the other; an exit code. */
@@ -102,27 +99,22 @@ static int parse_tasks(ruler_params *params, const char *text)
 static json_t *json_parameters(const eval_input *in, const ruler_settings *s)
 {
     return json_pack("{s:s, s:s, s:I, s:I, s:o}", "tasks", s->tasks, "lengths", s->lengths, "samples", (json_int_t)s->samples, "batch_size",
-                     (json_int_t)s->eval.n_batch, "attn", eval_json_policies(in));
+                     (json_int_t)s->eval.input.n_batch, "attn", eval_json_policies(in));
 }
 
-static int measure_print(const eval_input *in, const ruler_settings *s, const ruler_params *params, json_t *envelope)
+static int measure_print(eval_input *in, const ruler_settings *s, const ruler_params *params)
 {
     cli_progress progress;
     quarry_error error;
-    int code = CLI_OK;
     const int n = ruler_n_results(params);
     score_result *results = memory_zero((size_t)n, sizeof *results, "results", &error);
     if (!results) return cli_fail_error(&error);
-    const quarry_watch watch = cli_progress_start(&progress, "measuring", s->output.quiet);
-    cli_work_begin();
-    const quarry_code measured = ruler_measure(in->model, params, &watch, s->output.verbose ? on_answer : NULL, NULL, results, &error);
-    cli_work_end();
-    cli_progress_end(&progress);
-    if (measured != QUARRY_OK)
-        code = cli_fail_error(&error);
-    else if (s->output.json)
-        code = ruler_print_json(envelope, results, n);
-    else
+    const ruler_answer_fn tell = s->eval.output.verbose ? on_answer : NULL;
+    const quarry_watch watch = eval_measure_begin(&progress, &s->eval);
+    int code = eval_measure_end(&progress, ruler_measure(in->model, params, &watch, tell, NULL, results, &error), &error);
+    if (!code && s->eval.output.json)
+        code = ruler_print_json(in, results, n);
+    else if (!code)
         ruler_print(in, s, results, n);
     memory_free(results);
     return code;
@@ -132,29 +124,22 @@ static int ruler_run_command(const void *settings, const cli_list *arguments)
 {
     const ruler_settings *s = settings;
     eval_input in = {0};
-    journal *kept = NULL;
-    json_t *envelope = NULL;
     int64_t *lengths = NULL;
     char *text = NULL;
     quarry_error error;
-    ruler_params params = {.samples = (int)s->samples, .seed = (uint64_t)s->seed, .n_batch = (int)s->eval.n_batch};
+    ruler_params params = {.samples = (int)s->samples, .seed = (uint64_t)s->seed, .n_batch = (int)s->eval.input.n_batch};
     int code = parse_tasks(&params, s->tasks);
     if (!code && (params.n_lengths = (int)list_parse_numbers(s->lengths, "--lengths", 256, 1000000000, &lengths, &error)) < 0)
         code = cli_fail_error(&error);
-    if (!code) code = eval_input_open(&in, &s->model, &s->eval, &s->output, arguments, &command_eval_ruler);
+    if (!code) code = eval_input_open(&in, &s->eval, arguments, &command_eval_ruler);
     for (int i = 0; i < in.n_texts && !code; i++) code = append_file(&text, &params.n_bytes, in.texts[i].name);
     params.text = text;
     params.lengths = lengths;
     params.attn = (const char *const *)in.policies.specs;
     params.n_attn = in.policies.n;
-    if (!code && (s->output.json || s->journal) &&
-        !(envelope = eval_json_envelope(&in, &command_eval_ruler, s, arguments, &s->model, s->seed, json_parameters(&in, s))))
-        code = CLI_FAILED;
-    if (!code) code = eval_journal_open(&kept, s->journal, envelope);
-    params.journal = kept;
-    if (!code) code = measure_print(&in, s, &params, envelope);
-    journal_close(kept);
-    json_decref(envelope);
+    if (!code) code = eval_input_record(&in, &command_eval_ruler, &s->eval, arguments, s->seed, json_parameters(&in, s));
+    params.journal = in.journal;
+    if (!code) code = measure_print(&in, s, &params);
     memory_free(lengths);
     memory_free(text);
     eval_input_close(&in);
