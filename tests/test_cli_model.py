@@ -384,6 +384,20 @@ class CliModel(unittest.TestCase):
         self.assertRegex(quarry(*doc).stderr, r"^quarry: .*questions\.jsonl: line 2: has neither .*\n$")
         self.assertEqual(quarry(*doc[:-4]).returncode, 2)
 
+    def test_ruler_takes_its_texts_from_standard_input_too(self):
+        def ruler(name, text=None):
+            result = quarry("eval", "ruler", "--attn", "window", "--tasks", "niah_single_2,fwe", "--lengths", "600", "--samples", "1", "-v", "--json", "-f", name, text=text)
+            self.assertEqual(result.returncode, 0, result.stderr)
+            page = json.loads(result.stdout)
+            self.assertEqual(page["command"], "eval ruler")
+            return page["results"], re.findall("^(?:niah|fwe).*", result.stderr, re.M)
+
+        results, answers = ruler(self.long_document)
+        self.assertEqual(len(answers), 4)
+        self.assertEqual([(r["task"], r["attn"], r["length"]) for r in results[:4]],
+                         [(task, attn, 600) for task in ("niah_single_2", "fwe") for attn in ("full", "window")])
+        self.assertEqual(ruler("-", text=pathlib.Path(self.long_document).read_text()), (results, answers))
+
     def test_perplexity_goes_on_from_a_journal(self):
         journal = os.path.join(self.folder.name, "ppl.journal")
         ppl = ["eval", "ppl", "-q", "--attn", "window", "-c", "300", "-n", "10", "--samples", "2", "-f", self.long_document, "--journal", journal]

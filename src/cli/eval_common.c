@@ -15,7 +15,6 @@ int eval_input_begin(eval_input *in, const eval_settings *settings, int n_texts)
 {
     const eval_options *options = &settings->input;
     quarry_error error;
-    *in = (eval_input){0};
     for (int i = 0; i < options->attn.n; i++)
         if (policy_list_add(&in->policies, options->attn.items[i], &error) != QUARRY_OK) return cli_fail_error(&error);
     if (options->attn.n == 0 && policy_list_add(&in->policies, attn_policies[0]->name, &error) != QUARRY_OK) return cli_fail_error(&error);
@@ -39,12 +38,23 @@ int eval_input_add(eval_input *in, const char *path, const char *text, size_t n_
     return CLI_OK;
 }
 
+static int keep_bytes(eval_input *in, const char *text, size_t n_bytes)
+{
+    quarry_error error;
+    if (memory_grow(&in->bytes, in->n_bytes + n_bytes + 1, 1, "text", &error) != QUARRY_OK) return cli_fail_error(&error);
+    memcpy(in->bytes + in->n_bytes, text, n_bytes);
+    in->n_bytes += n_bytes + 1;
+    in->bytes[in->n_bytes - 1] = '\n';
+    return CLI_OK;
+}
+
 static int read_text(eval_input *in, const char *path)
 {
     char *text = NULL;
     size_t n_bytes;
     int code = cli_read_file(&text, &n_bytes, path);
     if (!code) code = eval_input_add(in, path, text, n_bytes);
+    if (!code && in->keep_bytes) code = keep_bytes(in, text, n_bytes);
     memory_free(text);
     return code;
 }
@@ -53,7 +63,6 @@ static int read_text(eval_input *in, const char *path)
 int eval_input_open(eval_input *in, const eval_settings *settings, const cli_list *arguments, const cli_command *command)
 {
     const cli_list *files = &settings->input.files;
-    *in = (eval_input){0};
     if (files->n + arguments->n == 0) return cli_fail_usage(command, "no text: name one with -f FILE");
     int code = eval_input_begin(in, settings, files->n + arguments->n);
     for (int i = 0; i < files->n && !code; i++) code = read_text(in, files->items[i]);
@@ -68,6 +77,7 @@ void eval_input_close(eval_input *in)
     json_decref(in->envelope);
     memory_free(in->texts);
     memory_free(in->digests);
+    memory_free(in->bytes);
     policy_list_free(&in->policies);
     quarry_model_close(in->model);
 }

@@ -29,12 +29,15 @@ typedef struct eval_input {
     eval_text *texts;
     int n_texts;
     char (*digests)[DIGEST_CHARS]; /* [n_texts] of the files' bytes */
-    json_t *envelope;              /* what --json prints, and the header of the journal; NULL if neither is asked for */
-    journal *journal;              /* NULL if not asked for */
+    bool keep_bytes;               /* set by those that need the texts as they are, too: */
+    char *bytes;                   /* [n_bytes] one after the other, each with a newline after it */
+    size_t n_bytes;
+    json_t *envelope; /* what --json prints, and the header of the journal; NULL if neither is asked for */
+    journal *journal; /* NULL if not asked for */
 } eval_input;
 
-/* Opens the model, reads the texts of -f and of the arguments, and lists the policies (default: the default policy). An exit code; eval_input_close also after a
- * failure. */
+/* Opens the model, reads the texts of -f and of the arguments, and lists the policies (default: the default policy). in is zero but for keep_bytes. An exit code; eval_input_close
+ * also after a failure. */
 int eval_input_open(eval_input *in, const eval_settings *settings, const cli_list *arguments, const cli_command *command);
 void eval_input_close(eval_input *in);
 /* Its parts, for commands with another kind of file: the model, the policies and room for n_texts, then one text after the other. Exit codes. */

@@ -62,25 +62,6 @@ static int ruler_print_json(eval_input *in, const score_result *results, int n)
     return eval_print_json(in, list);
 }
 
-/* The texts again, as text, one after the other; an exit code. */
-static int append_file(char **text, size_t *n_bytes, const char *path)
-{
-    char *more = NULL;
-    size_t n;
-    quarry_error error;
-    int code = cli_read_file(&more, &n, path);
-    if (code) return code;
-    if (memory_grow(text, *n_bytes + n + 1, 1, "text", &error) == QUARRY_OK) {
-        memcpy(*text + *n_bytes, more, n);
-        (*text)[*n_bytes + n] = '\n';
-        *n_bytes += n + 1;
-    } else {
-        code = cli_fail_error(&error);
-    }
-    memory_free(more);
-    return code;
-}
-
 /* An exit code. */
 static int parse_tasks(ruler_params *params, const char *text)
 {
@@ -123,17 +104,16 @@ static int measure_print(eval_input *in, const ruler_settings *s, const ruler_pa
 static int ruler_run_command(const void *settings, const cli_list *arguments)
 {
     const ruler_settings *s = settings;
-    eval_input in = {0};
+    eval_input in = {.keep_bytes = true};
     int64_t *lengths = NULL;
-    char *text = NULL;
     quarry_error error;
     ruler_params params = {.samples = (int)s->samples, .seed = (uint64_t)s->seed, .n_batch = (int)s->eval.input.n_batch};
     int code = parse_tasks(&params, s->tasks);
     if (!code && (params.n_lengths = (int)list_parse_numbers(s->lengths, "--lengths", 256, 1000000000, &lengths, &error)) < 0)
         code = cli_fail_error(&error);
     if (!code) code = eval_input_open(&in, &s->eval, arguments, &command_eval_ruler);
-    for (int i = 0; i < in.n_texts && !code; i++) code = append_file(&text, &params.n_bytes, in.texts[i].name);
-    params.text = text;
+    params.text = in.bytes;
+    params.n_bytes = in.n_bytes;
     params.lengths = lengths;
     params.attn = (const char *const *)in.policies.specs;
     params.n_attn = in.policies.n;
@@ -141,7 +121,6 @@ static int ruler_run_command(const void *settings, const cli_list *arguments)
     params.journal = in.journal;
     if (!code) code = measure_print(&in, s, &params);
     memory_free(lengths);
-    memory_free(text);
     eval_input_close(&in);
     return code;
 }
