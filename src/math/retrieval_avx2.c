@@ -4,6 +4,7 @@
 
 #include "math/retrieval.h"
 #include "math/retrieval_exp.h"
+#include "math/retrieval_i4.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -261,25 +262,7 @@ static void dot_i8_avx2(const float *q, int g, int d, const int8_t *x, const flo
             dot_heads(q + h * d, 1, d, x, scale, bias + h, n, out + h * stride, stride);
 }
 
-/* Rows are found anywhere in memory: the one so many ahead is asked for. */
-enum { DOT_I4_AHEAD = 12, DOT_I4_MOST = 1024, I4_CHUNK = 16 };
-
-/* The heads of a query in the order of nibbles: for each chunk of I4_CHUNK bytes of a row the dimensions of its low nibbles, then of its high
- * ones, with zeros where a row ends. *shift is what the 8 in every nibble adds. Returns how many chunks. */
-INLINE int order_query(const int8_t *q, int d, int8_t *out, float *shift)
-{
-    const int half = d / 2, n_chunks = (half + I4_CHUNK - 1) / I4_CHUNK;
-    int32_t sum = 0;
-    memset(out, 0, (size_t)n_chunks * 2 * I4_CHUNK);
-    for (int j = 0; j < half; j++) {
-        int8_t *chunk = out + j / I4_CHUNK * 2 * I4_CHUNK + j % I4_CHUNK;
-        chunk[0] = q[j];
-        chunk[I4_CHUNK] = q[half + j];
-        sum += q[j] + q[half + j];
-    }
-    *shift = 8 * (float)sum;
-    return n_chunks;
-}
+enum { I4_CHUNK = 16 };
 
 /* Sums of the lanes of four vectors. */
 INLINE __m128i sum4_i32(__m256i a, __m256i b, __m256i c, __m256i e)
@@ -305,7 +288,7 @@ INLINE void dot_i4_heads(const int8_t *q, const float *factor, const float *bias
     float shift[4] = {0}, by[4] = {0}, add[4] = {0};
     const __m256i low = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
     for (int h = 0; h < g; h++) {
-        n_chunks = order_query(q + h * d, d, ordered[h], &shift[h]);
+        n_chunks = order_query(q + h * d, d, I4_CHUNK, ordered[h], &shift[h]);
         by[h] = factor[h];
         add[h] = bias[h];
     }
@@ -342,21 +325,6 @@ INLINE void dot_i4_heads(const int8_t *q, const float *factor, const float *bias
     _mm_storeu_si128((__m128i *)largest, most);
     for (int h = 0; h < g; h++)
         if (largest[h] > top[h]) top[h] = (uint16_t)largest[h];
-}
-
-static void dot_i4_avx2(const int8_t *q, const float *factor, const float *bias, int g, int d, const uint8_t *x, const float *scale,
-                        const int32_t *at, int64_t n, uint16_t *out, int64_t stride, uint16_t *top)
-{
-    for (int h = 0; h < g; h += 4) {
-        const int8_t *part = q + h * d;
-        uint16_t *to = out + h * stride;
-        switch (g - h) {
-        case 1: dot_i4_heads(part, factor + h, bias + h, 1, d, x, scale, at, n, to, stride, top + h); break;
-        case 2: dot_i4_heads(part, factor + h, bias + h, 2, d, x, scale, at, n, to, stride, top + h); break;
-        case 3: dot_i4_heads(part, factor + h, bias + h, 3, d, x, scale, at, n, to, stride, top + h); break;
-        default: dot_i4_heads(part, factor + h, bias + h, 4, d, x, scale, at, n, to, stride, top + h);
-        }
-    }
 }
 
 static void cell_sums_avx2(const uint16_t *keys, const uint32_t *begin, int64_t n_cells, float step, uint16_t top, float *sums)
@@ -536,7 +504,7 @@ const retrieval_kernels retrieval_avx2 = {
     .count = count_avx2,
     .collect = collect_avx2,
     .dot_i8 = dot_i8_avx2,
-    .dot_i4 = dot_i4_avx2,
+    .dot_i4 = dot_i4,
     .cell_sums = cell_sums_avx2,
     .accumulate_i8 = accumulate_i8_avx2,
     .accumulate_rows = accumulate_rows_avx2,
