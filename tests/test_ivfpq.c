@@ -778,6 +778,50 @@ static void a_budget_by_mass_reads_about_so_much(void **state)
     }
 }
 
+/* Without the second look a budget by mass goes by the scores of the codes: each head's near rows and what is read of its far tokens hold the wanted share of its estimated mass,
+ * and a head alone reads its heaviest, and none that is not needed. exp_sum has the far tokens' sum up to 6 % too large, and scores are rounded to steps. */
+static void a_budget_by_mass_goes_by_codes_alone_without_a_second_look(void **state)
+{
+    (void)state;
+    enum { N = 1500, D = 64, ROUNDS = 8 };
+    const double wanted[] = {0.5, 0.8, 0.9}, steps = 0.4; /* rounded scores may be in another order */
+    const int groups[] = {1, 3};
+    double *sums = calloc(N * D, sizeof *sums), *estimates = calloc(N * 3, sizeof *estimates);
+    int32_t of_group[N];
+    for (int i = 0; i < 6; i++) {
+        const int group = groups[i / 3];
+        const double share = wanted[i % 3];
+        char spec[96];
+        snprintf(spec, sizeof spec, "segment=512,budget=0,min=1,max=1,refine=0,mass=%g", share);
+        world w = open_world(N, D, group, KV_F16, spec, 106);
+        read_all(&w, true);
+        for (int round = 0; round < ROUNDS; round++) {
+            float q[3 * D];
+            query(&w, q);
+            outcome o = step(&w, w.p, w.kv, 0, 0, q);
+            clusters_of(&w, w.p, 0, q, of_group, sums, estimates);
+            for (int h = 0; h < group; h++) {
+                double held = 0, all = 0, lightest = INFINITY, heaviest_left = -INFINITY;
+                for (int64_t pos = 0; pos < N; pos++) {
+                    const bool far = of_group[pos] >= 0;
+                    const double s = far ? estimates[h * N + pos] : score(&w, q, pos, 0, 0, h);
+                    all += exp(s);
+                    held += o.read[pos] ? exp(s) : 0;
+                    if (far && o.read[pos]) lightest = fmin(lightest, s);
+                    if (!o.read[pos]) heaviest_left = fmax(heaviest_left, s);
+                }
+                assert_true(held > 0.99 * share * all);
+                if (group > 1) continue;
+                assert_true(held - exp(lightest) < 1.09 * share * all);
+                assert_true(lightest > heaviest_left - steps);
+            }
+            outcome_free(&o);
+        }
+        close_world(&w);
+    }
+    free(sums), free(estimates);
+}
+
 /* Scores of all magnitudes leave numbers finite and the selection full. */
 static void extreme_queries_stay_finite(void **state)
 {
@@ -947,6 +991,7 @@ int main(void)
         cmocka_unit_test(a_seal_recodes_what_a_cut_reopened),
         cmocka_unit_test(threshold_reads_the_heavy_tokens_up_to_a_share),
         cmocka_unit_test(a_budget_by_mass_reads_about_so_much),
+        cmocka_unit_test(a_budget_by_mass_goes_by_codes_alone_without_a_second_look),
         cmocka_unit_test(the_threshold_falls_with_a_long_text),
         cmocka_unit_test(a_margin_in_standard_errors_serves_sharp_queries),
         cmocka_unit_test(extreme_queries_stay_finite),
