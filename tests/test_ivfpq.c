@@ -313,7 +313,7 @@ static double difference(const world *w, const float *out, const double *want)
 }
 
 /* Scores are in steps of a 63rd of the widest table, and powers of two are linear between octaves. */
-#define TAIL_ROUNDING 0.04
+#define TAIL_ROUNDING 0.05
 
 /* Steps for every part against both references; returns the larger error against the true scores and means. */
 static double check_tail(world *w)
