@@ -382,6 +382,10 @@ class CliModel(unittest.TestCase):
         self.assertIn("doc.journal: is the journal of another measurement", other.stderr)
         pathlib.Path(path("questions.jsonl")).write_text(json.dumps(questions[0]) + '\n{"question": "Who?"}')
         self.assertRegex(quarry(*doc).stderr, r"^quarry: .*questions\.jsonl: line 2: has neither .*\n$")
+        pathlib.Path(path("questions.jsonl")).write_text(json.dumps(dict(questions[0], document=".")))
+        folder = quarry(*doc)
+        self.assertEqual((folder.returncode, folder.stdout), (1, ""))
+        self.assertRegex(folder.stderr, r"^quarry: .*questions\.jsonl: line 1: .*: cannot read: Is a directory\n$")
         self.assertEqual(quarry(*doc[:-4]).returncode, 2)
 
     def test_ruler_takes_its_texts_from_standard_input_too(self):

@@ -133,14 +133,15 @@ static void what_is_wrong_is_said_with_file_and_line(void **state)
     }
 }
 
-static void documents_that_are_missing_or_empty_are_named(void **state)
+static void documents_that_are_missing_empty_or_folders_are_named(void **state)
 {
     (void)state;
     static const struct {
         const char *line, *says;
         quarry_code code;
     } cases[] = {{"\n{\"document\": \"none.txt\", \"question\": \"q\", \"answer\": \"x\"}", "none.txt", QUARRY_ERROR_IO},
-                 {"\n{\"document\": \"blank.txt\", \"question\": \"q\", \"answer\": \"x\"}", "blank.txt is empty", QUARRY_ERROR_FORMAT}};
+                 {"\n{\"document\": \"blank.txt\", \"question\": \"q\", \"answer\": \"x\"}", "blank.txt is empty", QUARRY_ERROR_FORMAT},
+                 {"\n{\"document\": \"/\", \"question\": \"q\", \"answer\": \"x\"}", "/: cannot read: Is a directory", QUARRY_ERROR_IO}};
     write_text("blank.txt", " \n");
     write_text("a.txt", "Here it is.");
     for (size_t i = 0; i < TEST_COUNT(cases); i++) {
@@ -453,7 +454,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(lines_with_one_document_share_it),
         cmocka_unit_test(what_is_wrong_is_said_with_file_and_line),
-        cmocka_unit_test(documents_that_are_missing_or_empty_are_named),
+        cmocka_unit_test(documents_that_are_missing_empty_or_folders_are_named),
         cmocka_unit_test(lack_of_memory_while_reading_is_an_error),
         cmocka_unit_test(answers_are_normalised_as_squad_does),
         cmocka_unit_test(an_answer_is_right_when_it_has_the_words),
