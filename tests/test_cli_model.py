@@ -25,6 +25,7 @@ CODE = "7316402"
 FACT = f"One of the special magic numbers for lighthouse is: {CODE}. "
 QUESTION = "What is the special magic number for lighthouse?"
 DEMO_DOCUMENT = "/usr/share/common-licenses/GPL-3"
+HANGS = 600  # seconds that no command takes, however loaded the machine; ctest has a limit for all
 
 
 def filler(n_sentences):
@@ -41,7 +42,7 @@ def quarry(*arguments, text=None, isa=None, **options):
     environment = dict(ENVIRONMENT, QUARRY_ISA=isa) if isa else ENVIRONMENT
     if text is None:
         options.setdefault("stdin", subprocess.DEVNULL)
-    return subprocess.run([QUARRY, *arguments], input=text, stderr=subprocess.PIPE, env=environment, timeout=120, text=True, **options)
+    return subprocess.run([QUARRY, *arguments], input=text, stderr=subprocess.PIPE, env=environment, timeout=HANGS, text=True, **options)
 
 
 @unittest.skipUnless(os.path.exists(TINY_MODEL), "QUARRY_TINY_MODELS does not name the folder of make_tiny_models.py")
@@ -223,7 +224,7 @@ class CliModel(unittest.TestCase):
         self.assertEqual(pieces.decode(), text)
         ids = quarry("tokenize", "--ids", "--no-special", text).stdout.split()
         self.assertEqual([int(i) for i in ids], [t["id"] for t in tokens])
-        lines = subprocess.run([QUARRY, "tokenize", "--no-special", text], capture_output=True, env=ENVIRONMENT, timeout=60).stdout.splitlines()
+        lines = subprocess.run([QUARRY, "tokenize", "--no-special", text], capture_output=True, env=ENVIRONMENT, timeout=HANGS).stdout.splitlines()
         self.assertEqual(len(lines), len(tokens))  # a line may hold part of a character
 
     def test_info_reckons_with_the_context(self):
@@ -251,7 +252,7 @@ class CliModel(unittest.TestCase):
                                    stderr=subprocess.PIPE, env=ENVIRONMENT)
         process.stdout.read(1)
         process.stdout.close()
-        self.assertIn(process.wait(timeout=60), (141, -signal.SIGPIPE))
+        self.assertIn(process.wait(timeout=HANGS), (141, -signal.SIGPIPE))
         self.assertEqual(process.stderr.read(), b"")
         process.stderr.close()
 
@@ -264,7 +265,7 @@ class CliModel(unittest.TestCase):
         while b" left" not in shown:  # the progress bar
             shown += os.read(controller, 4096)
         process.send_signal(signal.SIGINT)
-        self.assertEqual(process.wait(timeout=60), 130)
+        self.assertEqual(process.wait(timeout=HANGS), 130)
         try:
             while chunk := os.read(controller, 4096):
                 shown += chunk
@@ -281,7 +282,7 @@ class CliModel(unittest.TestCase):
                                    stderr=subprocess.PIPE, env=ENVIRONMENT)
         process.stdout.read(1)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=HANGS)
         self.assertEqual(process.returncode, 130)
         self.assertTrue(out.endswith(b"\n"))
         self.assertEqual(err, b"quarry: interrupted\n")
