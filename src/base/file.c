@@ -6,10 +6,12 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/file_calls.h"
 #include "base/memory.h"
 
 /* A signal handler belongs to the process, so what it reads is the one piece of global mutable state of the library. Regions are never freed, only
@@ -140,7 +142,7 @@ file_map *file_map_open(const char *path, bool use_mmap, quarry_error *error)
     if (!map) return NULL;
     map->fd = -1;
     if (!(map->path = memory_string(path, strlen(path), error))) goto failed;
-    map->fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO must not block before it is refused */
+    map->fd = file_call_open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK, 0); /* a FIFO must not block before it is refused */
     if (map->fd < 0 || fstat(map->fd, &st) != 0) {
         error_set(error, QUARRY_ERROR_IO, "%s: cannot open: %s", path, strerror(errno));
         goto failed;
@@ -197,7 +199,7 @@ quarry_code file_map_check(const file_map *map, quarry_error *error)
 quarry_code file_map_read(const file_map *map, uint64_t offset, size_t n, void *out, quarry_error *error)
 {
     for (size_t done = 0; done < n;) {
-        ssize_t got = offset + done > INT64_MAX ? 0 : pread(map->fd, (char *)out + done, n - done, (off_t)(offset + done));
+        ssize_t got = offset + done > INT64_MAX ? 0 : file_call_pread(map->fd, (char *)out + done, n - done, (off_t)(offset + done));
         if (got < 0 && errno == EINTR) continue;
         if (got < 0) return error_set(error, QUARRY_ERROR_IO, "%s: cannot read: %s", map->path, strerror(errno));
         if (got == 0)
@@ -217,6 +219,20 @@ void file_map_release(const file_map *map, uint64_t offset, size_t n)
     if (begin < end) madvise((void *)begin, end - begin, MADV_DONTNEED); /* advice: a refusal costs memory only */
 }
 
+void file_map_hold(const file_map *map)
+{
+    flock(map->fd, LOCK_SH | LOCK_NB); /* refused only while somebody tests or removes the file, which the open map outlives */
+}
+
+bool file_is_held(const char *path)
+{
+    const int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0) return errno != ENOENT; /* what cannot be tested may be in use */
+    const bool held = flock(fd, LOCK_EX | LOCK_NB) != 0;
+    close(fd);
+    return held;
+}
+
 char *file_read_all(const char *path, size_t *n_bytes, quarry_error *error)
 {
     bool is_stdin = strcmp(path, "-") == 0;
@@ -225,7 +241,7 @@ char *file_read_all(const char *path, size_t *n_bytes, quarry_error *error)
     char *text = NULL;
     size_t used = 0, capacity = 64 << 10;
     quarry_code code = QUARRY_OK;
-    int fd = is_stdin ? STDIN_FILENO : open(path, O_RDONLY | O_CLOEXEC);
+    int fd = is_stdin ? STDIN_FILENO : file_call_open(path, O_RDONLY | O_CLOEXEC, 0);
     if (fd < 0 || fstat(fd, &st) != 0) {
         code = error_set(error, QUARRY_ERROR_IO, "%s: cannot open: %s", name, strerror(errno));
         goto done;
@@ -238,7 +254,7 @@ char *file_read_all(const char *path, size_t *n_bytes, quarry_error *error)
             if ((code = memory_grow(&text, capacity, 2, name, error)) != QUARRY_OK) goto done;
             capacity *= 2;
         }
-        ssize_t got = read(fd, text + used, capacity - used - 1);
+        ssize_t got = file_call_read(fd, text + used, capacity - used - 1);
         if (got < 0 && errno == EINTR) continue;
         if (got < 0) {
             code = error_set(error, QUARRY_ERROR_IO, "%s: cannot read: %s", name, strerror(errno));
