@@ -151,7 +151,13 @@ typedef struct quarry_session_params {
     int64_t n_ctx;    /* most tokens the session may hold; 0: what the model was trained for. Memory is taken as tokens come. */
     const char *attn; /* retrieval policy, "name[:option=value,…]"; NULL: "ivfpq". See `quarry info --attn`. */
     int n_batch;      /* tokens per forward pass while reading; 0: 512 */
-    bool kv_f32;      /* keep keys and values in f32 instead of f16: twice the memory, for comparing with references */
+    int64_t
+        read_window; /* > 0: a document is read in blocks of tokens, each attending to at least so many before it, to the first ones, and to what
+                            the policy finds for the block, instead of to everything; 0: with full attention */
+    bool
+        extend; /* hold more than the model was trained for (n_ctx 0: without limit): what lies before the last read_window tokens (0: 2,048, or an eighth of what the
+                    model was trained for if that is less; at most a quarter) is seen at one distance, by tokens read and generated. See docs/extend.md */
+    bool kv_f32; /* keep keys and values in f32 instead of f16: twice the memory, for comparing with references */
 } quarry_session_params;
 
 QUARRY_API quarry_session *quarry_session_open(quarry_model *model, const quarry_session_params *params, quarry_error *error);
@@ -160,7 +166,7 @@ QUARRY_API void quarry_session_close(quarry_session *session);
 /* An independent session in the same state; its statistics begin anew. Full KV pages and sealed index segments are shared, not copied. */
 QUARRY_API quarry_session *quarry_session_fork(const quarry_session *session, quarry_error *error);
 
-/* Appends tokens with dense attention, indexing keys as they leave the local window, and seals the index at the end.
+/* Appends tokens with full attention (or in blocks: read_window, extend), indexing keys as they leave the local window, and seals the index at the end.
  * Error CONTEXT (nothing is read) if they do not fit. After CANCELLED the session holds the tokens read so far. */
 QUARRY_API int quarry_session_read(quarry_session *session, const int32_t *tokens, int64_t n, const quarry_watch *watch,
                                    quarry_error *error);
@@ -170,7 +176,7 @@ QUARRY_API int quarry_session_feed(quarry_session *session, const int32_t *token
                                    quarry_error *error);
 
 /* Appends one token to each of n different sessions of one model, in one pass that reads the weights once: tokens[n]. The sessions may
- * differ in length, document and policy, not in kv_f32. Equal to feeding them one by one. On error every
+ * differ in length, document and policy, not in kv_f32, extend and read_window. Equal to feeding them one by one. On error every
  * session holds the tokens it held; after ARGUMENT and CONTEXT nothing was done, after others the logits are undefined. */
 QUARRY_API int quarry_sessions_feed(quarry_session *const *sessions, const int32_t *tokens, int n, quarry_error *error);
 

@@ -5,7 +5,9 @@
  *     [0, n_sink)        sinks: always read
  *     [n_sink, n_far)    far tokens: in the policy's key index, read if selected, else estimated by the tail (or dropped)
  *     [n_far, pos]       local: at least n_window tokens, always read
- */
+ *
+ * In an extended sequence (attn_shape.extend) keys are kept without position, and rows of the local tokens also as they are after RoPE, in layers of their own. A query
+ * reads its local tokens at their distance, and everything before them, sinks too, as if it all stood at one distance: docs/extend.md. */
 #ifndef ATTN_ATTN_H
 #define ATTN_ATTN_H
 
@@ -29,13 +31,32 @@ typedef struct attn_rope {
     const double *inverse; /* [n_rot / 2] radians per position */
 } attn_rope;
 
+/* How a text longer than the model was trained for is read. */
+typedef struct attn_extend {
+    int64_t window;   /* local tokens of a query, at least; 0: not extended */
+    int64_t block;    /* of all positions modulo this one moves the beginning of the local tokens, so that rows of a block share it */
+    int64_t distance; /* at which a query sees all that is not local */
+    int near_layer;   /* of the cache: layer i's local rows are in near_layer + i */
+    int sliding;      /* window of the model's own local layers; kv.window is what is kept, enough for both */
+} attn_extend;
+
 typedef struct attn_shape {
     kv_shape kv;          /* policies know kv.n_layer layers and nothing of the local ones */
     int n_head;           /* query heads; group = n_head / n_head_kv */
     float scale;          /* of scores: 1 / sqrt(head_dim) */
     attn_rope rope;       /* for policies that need keys before RoPE; n_rot == 0: none */
     uint64_t fingerprint; /* of the model's tensors and tokenizer, for what was calibrated on it */
+    int64_t
+        read_window; /* > 0: a document is read in blocks of rows, each with at least so many local tokens and what the policy selects for the block; 0: with full attention */
+    attn_extend extend;
 } attn_shape;
+
+/* Makes the shape that of extended sequences, with read_window as window: more layers in kv, and keys that policies see without RoPE. */
+void attn_shape_extend(attn_shape *shape, int64_t window, int64_t distance);
+/* The first local token of a query at pos, in extended sequences. */
+int64_t attn_extend_first(const attn_extend *e, int64_t pos);
+/* The end of what may be indexed when a sequence has n tokens. */
+int64_t attn_far_end(const attn_shape *shape, int64_t n);
 
 /* Turns x[d] from one position to another `by` positions on; by = -pos undoes RoPE. */
 void attn_rotate(const attn_rope *rope, const math_kernels *kernels, int64_t by, float *x);
@@ -99,6 +120,9 @@ typedef struct attn_policy_type {
     /* NULL: every far token, always (`full`). (parallel, const) Far tokens for q[group][d] of a query at pos: one selection for the group. near: what its sinks and local rows have added up to, with which weights can be normalised. kv: the rows. QUARRY_ERROR_MEMORY when scratch cannot grow. */
     quarry_code (*select)(const attn_policy *p, int layer, int head, const kv_seq *kv, const float *q, int64_t pos,
                           const attention_state *near, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error);
+    /* The same for the vectors q[n][d], n <= ATTN_MAX_GROUP, of several queries, which read what is selected together; no tail follows. near: m and l of each. NULL: select is asked with their mean. */
+    quarry_code (*select_block)(const attn_policy *p, int layer, int head, const kv_seq *kv, const float *q, int n,
+                                const attention_state *near, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error);
     /* (parallel, const) Adds an estimate of the far tokens not selected to state[group]; called after the selected rows were added. scores[group][n]: their scaled scores; rows[n]. May be NULL: dropped. Uses
      * what select left behind the ids, maybe in another thread's scratch. */
     void (*tail)(const attn_policy *p, int layer, int head, const float *q, const attn_selection *sel, const float *scores,
@@ -173,8 +197,10 @@ void codebook_expand(const codebook_header *h, const math_kernels *kernels, cons
 
 /* ---- keeping the index: what a session calls after rows were committed ---- */
 
-/* Moves tokens that left the window (positions < length - ATTN_WINDOW) into the index of p and its companions (also), in blocks. Parallel over (layer, head). */
+/* Moves tokens that left the window (attn_far_end) into the index of p and its companions (also), in blocks. Parallel over (layer, head). */
 quarry_code attn_index_advance(attn_policy *p, const kv_seq *kv, thread_pool *pool, arena *scratch /*[threads]*/, quarry_error *error);
+/* The same while a document is read in blocks: the last read_window tokens stay local. */
+quarry_code attn_index_trail(attn_policy *p, const kv_seq *kv, thread_pool *pool, arena *scratch, quarry_error *error);
 /* The same to the last token outside the window, and closes the open segment. */
 quarry_code attn_index_seal(attn_policy *p, const kv_seq *kv, thread_pool *pool, arena *scratch, quarry_error *error);
 
@@ -185,12 +211,17 @@ typedef struct attn_reading {
     int layer, head, group, d;
     int64_t pos;
     const kv_seq *kv;
-    const float *q;           /* [group][d], scaled */
+    const float *q, *q_far;   /* [group][d], scaled: as rows from near_first on see it, and those before */
     int64_t n_sinks, far_end; /* rows [0, n_sinks) and [far_end, pos] were read, and of the far ones between */
+    int64_t near_first;       /* rows from here on are those of layer near_layer */
+    int near_layer;
     const attn_selection *selected;
     const float *scores;          /* [group][n], scaled: of the selected; NULL when all were */
     const attention_state *state; /* [group] after everything: what all weights add up to is l exp(m) */
 } attn_reading;
+
+/* scores[group][end - first], scaled, of the rows [first, end), read or not. False: scratch could not grow. */
+bool attn_reading_scores(const attn_reading *r, const math_kernels *kernels, int64_t first, int64_t end, float *scores, arena *scratch);
 
 /* Is told of every (layer, KV head) of a row, except where a document is read; may be called at the same time for different ones. The
  * reading and what it points to are the callback's for the length of the call, and so is scratch. */
@@ -205,6 +236,7 @@ typedef struct attn_row {
     int64_t pos;                   /* rows [0, pos] of kv are written in this layer */
     bool dense;                    /* read everything although there is a policy (reading a document) */
     const attn_observer *observer; /* NULL: nobody */
+    const float *q_far;            /* [n_head][d] of an extended sequence: the row's query turned to extend.distance; else NULL */
 } attn_row;
 
 typedef struct attn_context {
@@ -215,7 +247,7 @@ typedef struct attn_context {
 } attn_context;
 
 /* out[n][n_head][d] = attention of q[n][n_head][d] (post-RoPE, unscaled). Consecutive dense rows of one kv with consecutive positions are tiled together. Adds to cost[n] if
- * not NULL. The result does not depend on the number of threads. A local layer (layer >= kv.n_layer) is not the policies': its rows read their window, exactly, and nobody is told. */
+ * not NULL. The result does not depend on the number of threads. The rows' policies have this shape. A local layer (layer >= kv.n_layer) is not the policies': its rows read their window, exactly, and nobody is told. */
 quarry_code attn_forward(const attn_context *c, const attn_shape *shape, int layer, const attn_row *rows, int64_t n, const float *q,
                          float *out, attn_cost *cost, quarry_error *error);
 

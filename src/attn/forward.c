@@ -1,6 +1,7 @@
-/* Attention of one layer. The rows of a forward pass fall into three kinds of task:
+/* Attention of one layer. The rows of a forward pass fall into four kinds of task:
  *
  *   tile    a block of consecutive dense rows of one timeline x one KV head, over all keys in tiles (prefill; coarse when a document is read)
+ *   block   the same where a document is not read with full attention: the local keys in tiles, then what is selected for the block (block.c)
  *   split   one row x one KV head x SPLIT keys, everything read (decode with `full`); partial states are merged in order
  *   search  one row x one KV head: find (local rows, select), then attend (gathered rows, tail) (decode with a policy, or with somebody
  *           who wants to be told)
@@ -14,86 +15,21 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#include "attn/attn.h"
+#include "attn/pass.h"
 
 enum {
-    TILE_VECTORS = 192, /* query vectors of a tile task: converting a key tile is then 1 to 3 % of the work */
-    SPLIT = 2048,       /* keys of a split task */
-    TILE_FROM = 4,      /* shortest run that is tiled; rows of a document always are: their rounding must not depend on the batch */
+    SPLIT = 2048,  /* keys of a split task */
+    TILE_FROM = 4, /* shortest run that is tiled; rows of a document always are: their rounding must not depend on the batch */
 };
 
-/* What find leaves for attend; what it points to is in the scratch of the thread that ran find. */
-typedef struct attn_found {
-    const float *q; /* [group][d], scaled */
-    attention_state state;
-    attn_selection selected;
-    attn_cost cost;
-    int64_t sinks, far_end, n_near;
-    atomic_int done; /* 1: found, -1: failed */
-} attn_found;
-
-typedef struct attn_task {
-    enum { TASK_TILE, TASK_SPLIT, TASK_SEARCH, TASK_FIND, TASK_ATTEND } kind;
-    int head;
-    int64_t row, n_rows;  /* rows of the batch */
-    int64_t first, end;   /* split: keys */
-    bool begins;          /* split: the first of its row */
-    attention_state part; /* split: state of this part, in shared scratch */
-    attn_found *found;    /* find and attend: in shared scratch */
-} attn_task;
-
-typedef struct attn_pass {
-    const attn_context *c;
-    const attn_shape *shape;
-    int layer, group, d;
-    const attn_row *rows;
-    const float *q;   /* [n][n_head][d] */
-    float *out;       /* [n][n_head][d] */
-    attn_cost *costs; /* [n][n_head_kv] or NULL */
-    attn_task *tasks;
-    int64_t n_tasks, capacity;
-    atomic_bool failed;
-    quarry_error error; /* of the first task that failed */
-} attn_pass;
-
-static const float *query_of(const attn_pass *p, int64_t row, int head)
-{
-    return p->q + ((row * p->shape->n_head) + (int64_t)head * p->group) * p->d;
-}
-
-static float *out_of(const attn_pass *p, int64_t row, int head)
-{
-    return p->out + ((row * p->shape->n_head) + (int64_t)head * p->group) * p->d;
-}
-
-static bool state_alloc(attention_state *s, int g, int d, arena *scratch, quarry_error *error)
-{
-    s->m = arena_alloc(scratch, (size_t)g, sizeof(float), error);
-    s->l = arena_alloc(scratch, (size_t)g, sizeof(float), error);
-    s->o = arena_alloc(scratch, (size_t)g * (size_t)d, sizeof(float), error);
-    if (!s->m || !s->l || !s->o) return false;
-    attention_clear(s, g, d);
-    return true;
-}
-
-/* q[g][d] times scale, in scratch. */
-static float *scaled_query(const attn_pass *p, int64_t row, int head, arena *scratch, quarry_error *error)
+/* from[g][d] times scale, in scratch. */
+static float *scaled(const attn_pass *p, const float *from, arena *scratch, quarry_error *error)
 {
     int64_t n = (int64_t)p->group * p->d;
     float *q = arena_alloc(scratch, (size_t)n, sizeof *q, error);
-    const float *from = query_of(p, row, head);
     if (q)
         for (int64_t i = 0; i < n; i++) q[i] = from[i] * p->shape->scale;
     return q;
-}
-
-/* out[g][d] = o / l */
-static void write_out(const attention_state *s, int g, int d, float *out)
-{
-    for (int h = 0; h < g; h++) {
-        float inverse = s->l[h] > 0 ? 1 / s->l[h] : 0;
-        for (int i = 0; i < d; i++) out[h * d + i] = s->o[h * d + i] * inverse;
-    }
 }
 
 static bool is_local(const attn_pass *p)
@@ -103,29 +39,26 @@ static bool is_local(const attn_pass *p)
 
 static int64_t first_seen(const attn_pass *p, const attn_row *row)
 {
-    return kv_first_seen(&p->shape->kv, p->layer, row->pos);
-}
-
-static void add_cost(const attn_pass *p, int64_t row, int head, const attn_cost *cost)
-{
-    if (p->costs) attn_cost_add(&p->costs[row * p->shape->kv.n_head_kv + head], cost);
+    const int64_t window = attn_extended(p) ? p->shape->extend.sliding : p->shape->kv.window;
+    return !is_local(p) || row->pos < window ? 0 : row->pos - window + 1;
 }
 
 static void add_rows(const attn_pass *p, int64_t row, int head, int64_t n)
 {
     attn_cost cost = {0};
     *(is_local(p) ? &cost.window_rows : &cost.rows) = n;
-    add_cost(p, row, head, &cost);
+    attn_add_cost(p, row, head, &cost);
 }
 
 /* Pointers to rows [first, end) appended at list[n]; returns the new n. */
-static int64_t list_range(const attn_pass *p, const attn_row *row, int head, int64_t first, int64_t end, const void **list, int64_t n)
+static int64_t list_range(const attn_pass *p, const attn_row *row, int layer, int head, int64_t first, int64_t end, const void **list,
+                          int64_t n)
 {
     size_t bytes = kv_row_bytes(p->shape->kv.type, p->d);
     while (first < end) {
         int64_t run = kv_run(first);
         if (run > end - first) run = end - first;
-        const char *data = kv_row(row->kv, p->layer, head, first);
+        const char *data = kv_row(row->kv, layer, head, first);
         for (int64_t i = 0; i < run; i++) list[n++] = data + (size_t)i * bytes;
         first += run;
     }
@@ -137,7 +70,7 @@ static quarry_code run_range(attn_pass *p, const attn_row *row, int head, const 
 {
     const void **list = arena_alloc(scratch, (size_t)(end - first), sizeof *list, error);
     if (!list) return QUARRY_ERROR_MEMORY;
-    int64_t n = list_range(p, row, head, first, end, list, 0);
+    int64_t n = list_range(p, row, p->layer, head, first, end, list, 0);
     p->c->kernels->attention->rows(q, p->group, p->d, p->shape->kv.type, list, n, NULL, state);
     return QUARRY_OK;
 }
@@ -158,9 +91,9 @@ static quarry_code run_tile(attn_pass *p, const attn_task *t, arena *scratch, qu
     int *limit = arena_alloc(scratch, (size_t)nq, sizeof *limit, error);
     void *kernel_scratch = arena_alloc(scratch, attention_tile_scratch(nq, d), 1, error);
     attention_state state;
-    if (!q || !limit || !kernel_scratch || !state_alloc(&state, nq, d, scratch, error)) return QUARRY_ERROR_MEMORY;
+    if (!q || !limit || !kernel_scratch || !attn_state_alloc(&state, nq, d, scratch, error)) return QUARRY_ERROR_MEMORY;
     for (int64_t r = 0; r < t->n_rows; r++) {
-        const float *from = query_of(p, t->row + r, t->head);
+        const float *from = attn_query_of(p, t->row + r, t->head);
         for (int64_t i = 0; i < (int64_t)g * d; i++) q[r * g * d + i] = from[i] * p->shape->scale;
         int64_t seen = first_seen(p, &rows[r]), tiled = first_tiled(p, &rows[r]);
         if (tiled > rows[r].pos + 1) tiled = rows[r].pos + 1;
@@ -181,7 +114,7 @@ static quarry_code run_tile(attn_pass *p, const attn_task *t, arena *scratch, qu
     }
     for (int64_t r = 0; r < t->n_rows; r++) {
         attention_state part = {state.m + r * g, state.l + r * g, state.o + r * g * d};
-        write_out(&part, g, d, out_of(p, t->row + r, t->head));
+        attn_write_out(&part, g, d, attn_out_of(p, t->row + r, t->head));
         add_rows(p, t->row + r, t->head, rows[r].pos + 1 - first_seen(p, &rows[r]));
     }
     return QUARRY_OK;
@@ -189,36 +122,56 @@ static quarry_code run_tile(attn_pass *p, const attn_task *t, arena *scratch, qu
 
 static quarry_code run_split(attn_pass *p, attn_task *t, arena *scratch, quarry_error *error)
 {
-    const float *q = scaled_query(p, t->row, t->head, scratch, error);
+    const float *q = scaled(p, attn_query_of(p, t->row, t->head), scratch, error);
     if (!q) return QUARRY_ERROR_MEMORY;
     if (t->begins) add_rows(p, t->row, t->head, p->rows[t->row].pos + 1 - t->first);
     return run_range(p, &p->rows[t->row], t->head, q, t->first, t->end, scratch, &t->part, error);
+}
+
+/* What is read anyway: sinks, and what is behind the far tokens, of which an extended sequence sees the last as local. */
+static quarry_code read_near(const attn_pass *p, const attn_task *t, arena *scratch, attn_found *f, quarry_error *error)
+{
+    const attn_row *row = &p->rows[t->row];
+    const attention_kernels *kernels = p->c->kernels->attention;
+    const attn_near near = attn_near_of(p, row);
+    const kv_type type = p->shape->kv.type;
+    f->far_end = row->policy->n_far < near.first ? row->policy->n_far : near.first;
+    f->sinks = f->far_end < ATTN_SINKS ? f->far_end : ATTN_SINKS;
+    f->n_near = f->sinks + row->pos + 1 - f->far_end;
+    const void **list = arena_alloc(scratch, (size_t)f->n_near, sizeof *list, error);
+    if (!list) return QUARRY_ERROR_MEMORY;
+    int64_t n = list_range(p, row, p->layer, t->head, 0, f->sinks, list, 0);
+    n = list_range(p, row, p->layer, t->head, f->far_end, near.first, list, n);
+    if (attn_extended(p)) {
+        kernels->rows(f->q_far, p->group, p->d, type, list, n, NULL, &f->state);
+        n = 0;
+    }
+    n = list_range(p, row, near.layer, t->head, near.first, row->pos + 1, list, n);
+    kernels->rows(f->q, p->group, p->d, type, list, n, NULL, &f->state);
+    return QUARRY_OK;
 }
 
 static quarry_code find(attn_pass *p, const attn_task *t, arena *scratch, attn_found *f, quarry_error *error)
 {
     const attn_row *row = &p->rows[t->row];
     attn_policy *policy = row->policy;
-    f->q = scaled_query(p, t->row, t->head, scratch, error);
-    if (!f->q || !state_alloc(&f->state, p->group, p->d, scratch, error)) return QUARRY_ERROR_MEMORY;
-    f->far_end = policy->n_far < row->pos + 1 ? policy->n_far : row->pos + 1;
-    f->sinks = f->far_end < ATTN_SINKS ? f->far_end : ATTN_SINKS;
-    f->n_near = f->sinks + row->pos + 1 - f->far_end;
-    const void **near = arena_alloc(scratch, (size_t)f->n_near, sizeof *near, error);
-    if (!near) return QUARRY_ERROR_MEMORY;
-    list_range(p, row, t->head, f->far_end, row->pos + 1, near, list_range(p, row, t->head, 0, f->sinks, near, 0));
-    p->c->kernels->attention->rows(f->q, p->group, p->d, p->shape->kv.type, near, f->n_near, NULL, &f->state);
+    f->q = f->q_far = scaled(p, attn_query_of(p, t->row, t->head), scratch, error);
+    if (row->q_far) f->q_far = scaled(p, attn_far_query_of(p, t->row, t->head), scratch, error);
+    if (!f->q || !f->q_far || !attn_state_alloc(&f->state, p->group, p->d, scratch, error)) return QUARRY_ERROR_MEMORY;
+    quarry_code code = read_near(p, t, scratch, f, error);
+    if (code != QUARRY_OK) return code;
     if (!policy->type->select) {
         f->selected = (attn_selection){.all = true};
         return QUARRY_OK;
     }
-    return policy->type->select(policy, p->layer, t->head, row->kv, query_of(p, t->row, t->head), row->pos, &f->state, scratch,
+    return policy->type->select(policy, p->layer, t->head, row->kv, attn_far_query_of(p, t->row, t->head), row->pos, &f->state, scratch,
                                 &f->selected, &f->cost, error);
 }
 
 static void tell(const attn_pass *p, const attn_task *t, const attn_found *f, const float *scores, arena *scratch)
 {
     const attn_row *row = &p->rows[t->row];
+    const attn_near near = attn_near_of(p, row);
     const attn_reading reading = {.layer = p->layer,
                                   .head = t->head,
                                   .group = p->group,
@@ -226,8 +179,11 @@ static void tell(const attn_pass *p, const attn_task *t, const attn_found *f, co
                                   .pos = row->pos,
                                   .kv = row->kv,
                                   .q = f->q,
+                                  .q_far = f->q_far,
                                   .n_sinks = f->sinks,
                                   .far_end = f->far_end,
+                                  .near_first = near.first,
+                                  .near_layer = near.layer,
                                   .selected = &f->selected,
                                   .scores = scores,
                                   .state = &f->state};
@@ -240,7 +196,7 @@ static quarry_code attend(attn_pass *p, const attn_task *t, arena *scratch, attn
     attn_policy *policy = row->policy;
     const attn_selection *selected = &f->selected;
     if (selected->all) {
-        quarry_code code = run_range(p, row, t->head, f->q, f->sinks, f->far_end, scratch, &f->state, error);
+        quarry_code code = run_range(p, row, t->head, f->q_far, f->sinks, f->far_end, scratch, &f->state, error);
         if (code != QUARRY_OK) return code;
         f->cost.rows = row->pos + 1;
         tell(p, t, f, NULL, scratch);
@@ -249,15 +205,15 @@ static quarry_code attend(attn_pass *p, const attn_task *t, arena *scratch, attn
         float *scores = arena_alloc(scratch, (size_t)(selected->n * p->group), sizeof *scores, error);
         if (!far || !scores) return QUARRY_ERROR_MEMORY;
         for (int64_t i = 0; i < selected->n; i++) far[i] = kv_row(row->kv, p->layer, t->head, selected->ids[i]);
-        p->c->kernels->attention->rows(f->q, p->group, p->d, p->shape->kv.type, far, selected->n, scores, &f->state);
+        p->c->kernels->attention->rows(f->q_far, p->group, p->d, p->shape->kv.type, far, selected->n, scores, &f->state);
         if (policy->type->tail)
-            policy->type->tail(policy, p->layer, t->head, query_of(p, t->row, t->head), selected, scores, far, scratch, &f->state,
+            policy->type->tail(policy, p->layer, t->head, attn_far_query_of(p, t->row, t->head), selected, scores, far, scratch, &f->state,
                                &f->cost);
         f->cost.rows = f->n_near + selected->n;
         tell(p, t, f, scores, scratch);
     }
-    write_out(&f->state, p->group, p->d, out_of(p, t->row, t->head));
-    add_cost(p, t->row, t->head, &f->cost);
+    attn_write_out(&f->state, p->group, p->d, attn_out_of(p, t->row, t->head));
+    attn_add_cost(p, t->row, t->head, &f->cost);
     return QUARRY_OK;
 }
 
@@ -295,6 +251,7 @@ static void run_task(void *context, int64_t index, int thread)
     if (t->kind != TASK_FIND && t->kind != TASK_ATTEND) arena_reset(scratch);
     switch (t->kind) {
     case TASK_TILE: code = run_tile(p, t, scratch, &error); break;
+    case TASK_BLOCK: code = attn_run_block(p, t, scratch, &error); break;
     case TASK_SPLIT: code = run_split(p, t, scratch, &error); break;
     case TASK_SEARCH: code = run_search(p, t, scratch, &error); break;
     case TASK_FIND: code = run_find(p, t, scratch, &error); break;
@@ -308,10 +265,15 @@ static attn_task *push_task(attn_pass *p)
     return p->n_tasks < p->capacity ? &p->tasks[p->n_tasks++] : NULL;
 }
 
-/* Does the row read all that the layer lets it see? */
+/* Does the row belong to a document and read all that the layer lets it see, or as its block does? Or to no document, and reads all? */
 static bool is_dense(const attn_pass *p, const attn_row *row)
 {
-    return is_local(p) || row->dense || !row->policy || (!row->policy->type->select && !row->observer);
+    return is_local(p) || row->dense || !row->policy || (!row->policy->type->select && !row->observer && !attn_extended(p));
+}
+
+static bool in_blocks(const attn_pass *p, const attn_row *row)
+{
+    return !is_local(p) && row->dense && row->policy && p->shape->read_window > 0 && (attn_extended(p) || row->policy->type->select);
 }
 
 /* Length of the run of dense rows from `row` on that can be tiled together: all of them read a document, or none. */
@@ -369,6 +331,12 @@ static quarry_code plan(attn_pass *p, int64_t n, quarry_error *error)
         run = is_dense(p, &p->rows[row]) ? dense_run(p, row, n) : 1;
         if (!is_dense(p, &p->rows[row])) {
             for (int h = 0; h < heads; h++) *push_task(p) = (attn_task){.kind = TASK_SEARCH, .head = h, .row = row, .n_rows = 1};
+        } else if (in_blocks(p, &p->rows[row])) {
+            for (int64_t b = 0, n_rows; b < run; b += n_rows) {
+                n_rows = attn_block_rows(p, row + b, run - b);
+                for (int h = 0; h < heads; h++)
+                    *push_task(p) = (attn_task){.kind = TASK_BLOCK, .head = h, .row = row + b, .n_rows = n_rows};
+            }
         } else if (run >= TILE_FROM || p->rows[row].dense) {
             /* The last rows see the most keys: the long tasks are claimed first, so that threads finish together. */
             for (int64_t b = (run - 1) / block * block; b >= 0; b -= block)
@@ -382,7 +350,7 @@ static quarry_code plan(attn_pass *p, int64_t n, quarry_error *error)
                     attn_task *t = push_task(p);
                     *t = (attn_task){.kind = TASK_SPLIT, .head = h, .row = row, .n_rows = 1, .first = first, .begins = first == begin};
                     t->end = keys - first < SPLIT ? keys : first + SPLIT;
-                    if (!state_alloc(&t->part, p->group, p->d, p->c->shared, error)) return QUARRY_ERROR_MEMORY;
+                    if (!attn_state_alloc(&t->part, p->group, p->d, p->c->shared, error)) return QUARRY_ERROR_MEMORY;
                 }
         }
     }
@@ -397,7 +365,7 @@ static void merge_splits(attn_pass *p)
         if (t->kind != TASK_SPLIT || !t->begins) continue;
         for (int64_t j = i + 1; j < p->n_tasks && p->tasks[j].kind == TASK_SPLIT && !p->tasks[j].begins; j++)
             attention_merge(&t->part, &p->tasks[j].part, p->group, p->d);
-        write_out(&t->part, p->group, p->d, out_of(p, t->row, t->head));
+        attn_write_out(&t->part, p->group, p->d, attn_out_of(p, t->row, t->head));
     }
 }
 
@@ -416,7 +384,7 @@ static void observe_task(void *context, int64_t head, int thread)
     arena_reset(scratch);
     float *q = arena_alloc(scratch, (size_t)(job->n * width), sizeof *q, NULL);
     if (!q) return; /* the index learns from fewer queries */
-    for (int64_t i = 0; i < job->n; i++) memcpy(q + i * width, query_of(p, job->row + i, (int)head), (size_t)width * sizeof *q);
+    for (int64_t i = 0; i < job->n; i++) memcpy(q + i * width, attn_far_query_of(p, job->row + i, (int)head), (size_t)width * sizeof *q);
     for (attn_policy *policy = p->rows[job->row].policy; policy; policy = policy->also)
         if (policy->type->observe) policy->type->observe(policy, p->layer, (int)head, q, p->rows[job->row].pos, job->n);
 }

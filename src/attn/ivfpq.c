@@ -207,6 +207,7 @@ const attn_policy_type attn_ivfpq = {
     .seal = ivfpq_seal,
     .commit_seal = ivfpq_commit_seal,
     .select = ivfpq_select,
+    .select_block = ivfpq_select_block,
     .tail = ivfpq_tail,
     .truncate = ivfpq_truncate,
     .bytes = ivfpq_bytes,

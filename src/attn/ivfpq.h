@@ -126,6 +126,9 @@ void ivfpq_catch_up(ivfpq *p);
 
 quarry_code ivfpq_select(const attn_policy *p, int layer, int head, const kv_seq *kv, const float *q, int64_t pos,
                          const attention_state *near, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error);
+/* The same for q[g][d], of several queries: the largest weight over all decides. */
+quarry_code ivfpq_select_block(const attn_policy *p, int layer, int head, const kv_seq *kv, const float *q, int g,
+                               const attention_state *near, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error);
 /* For policies that choose in their own way and take the tail from an ivfpq beside them: ids[n], ascending, were chosen; *out receives
  * them and what has no code, each once, and what ivfpq_tail needs. All that it reads counts as tail. */
 quarry_code ivfpq_cover(const attn_policy *p, int layer, int head, const float *q, const attention_state *near, const int32_t *ids,

@@ -410,9 +410,10 @@ static bool find(const search *s, const candidates *c, attn_selection *out, aren
     return true;
 }
 
-static bool search_make(search *s, const ivfpq *p, int layer, int head, const float *q, arena *scratch, quarry_error *error)
+/* q[g][d] */
+static bool search_make(search *s, const ivfpq *p, int layer, int head, const float *q, int g, arena *scratch, quarry_error *error)
 {
-    *s = (search){.p = p, .kernels = p->base.kernels->retrieval, .g = p->group, .d = p->d, .n_sub = p->n_sub};
+    *s = (search){.p = p, .kernels = p->base.kernels->retrieval, .g = g, .d = p->d, .n_sub = p->n_sub};
     if (!views_make(s, layer * p->base.shape.kv.n_head_kv + head, scratch, error)) return false;
     s->q = arena_alloc(scratch, (size_t)s->g * (size_t)s->d, sizeof *s->q, error);
     s->scores = arena_alloc(scratch, (size_t)s->g * (size_t)s->n_keys + SCAN_BLOCK, sizeof *s->scores, error);
@@ -423,13 +424,13 @@ static bool search_make(search *s, const ivfpq *p, int layer, int head, const fl
     return true;
 }
 
-quarry_code ivfpq_select(const attn_policy *policy, int layer, int head, const kv_seq *kv, const float *q, int64_t pos,
-                         const attention_state *near, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error)
+quarry_code ivfpq_select_block(const attn_policy *policy, int layer, int head, const kv_seq *kv, const float *q, int g,
+                               const attention_state *near, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error)
 {
-    (void)kv, (void)pos; /* n_far <= pos */
+    (void)kv;
     const ivfpq *p = (const ivfpq *)policy;
     search s;
-    if (!search_make(&s, p, layer, head, q, scratch, error)) return QUARRY_ERROR_MEMORY;
+    if (!search_make(&s, p, layer, head, q, g, scratch, error)) return QUARRY_ERROR_MEMORY;
     *out = (attn_selection){.all = least_wanted(&s) >= s.n_tokens};
     if (out->all) return QUARRY_OK;
     if (!score_tokens(&s, near, scratch, cost, error)) return QUARRY_ERROR_MEMORY;
@@ -441,6 +442,13 @@ quarry_code ivfpq_select(const attn_policy *policy, int layer, int head, const k
         if (!keep(&s, &c, cut_to_read(&s, c.keys, cut_padded(c.n)), scratch, error)) return QUARRY_ERROR_MEMORY;
     }
     return find(&s, &c, out, scratch, cost, error) ? QUARRY_OK : QUARRY_ERROR_MEMORY;
+}
+
+quarry_code ivfpq_select(const attn_policy *policy, int layer, int head, const kv_seq *kv, const float *q, int64_t pos,
+                         const attention_state *near, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error)
+{
+    (void)pos; /* n_far <= pos */
+    return ivfpq_select_block(policy, layer, head, kv, q, ((const ivfpq *)policy)->group, near, scratch, out, cost, error);
 }
 
 /* Where the keys of the far tokens are: place[position - ATTN_SINKS]. */
@@ -459,7 +467,7 @@ quarry_code ivfpq_cover(const attn_policy *policy, int layer, int head, const fl
     search s;
     attn_cost own = {0};
     candidates c;
-    if (!search_make(&s, p, layer, head, q, scratch, error)) return QUARRY_ERROR_MEMORY;
+    if (!search_make(&s, p, layer, head, q, p->group, scratch, error)) return QUARRY_ERROR_MEMORY;
     *out = (attn_selection){.all = s.n_forced == s.n_tokens};
     if (out->all) return QUARRY_OK;
     if (!score_tokens(&s, near, scratch, &own, error)) return QUARRY_ERROR_MEMORY;

@@ -10,14 +10,18 @@ int answer_check_room(const quarry_model *model, const answer_settings *settings
 {
     quarry_model_info info;
     quarry_model_get_info(model, &info);
-    int64_t limit = settings->session.n_ctx ? settings->session.n_ctx : info.n_ctx_train;
-    if (n_tokens < limit && n_tokens < info.n_ctx_train) return CLI_OK;
+    int64_t limit = settings->session.n_ctx ? settings->session.n_ctx : settings->session.extend ? INT32_MAX : info.n_ctx_train;
+    if (n_tokens < limit && (settings->session.extend || n_tokens < info.n_ctx_train)) return CLI_OK;
+    if (settings->session.extend)
+        return cli_fail("%s %lld tokens, which leaves no room in a context of %lld: raise -c or shorten the text", what,
+                        (long long)n_tokens, (long long)limit);
     if (n_tokens < info.n_ctx_train)
         return cli_fail(
             "%s %lld tokens, which leaves no room in a context of %lld: raise -c (this model can do up to %lld) or shorten the text", what,
             (long long)n_tokens, (long long)limit, (long long)info.n_ctx_train);
-    return cli_fail("%s %lld tokens, but the context of this model ends at %lld: shorten the text, or use a model with a longer context",
-                    what, (long long)n_tokens, (long long)info.n_ctx_train);
+    return cli_fail(
+        "%s %lld tokens, but the context of this model ends at %lld: shorten the text, use a model with a longer context, or --extend",
+        what, (long long)n_tokens, (long long)info.n_ctx_train);
 }
 
 int answer_read(quarry_session *session, const answer_settings *settings, const int32_t *context, int64_t n_context,

@@ -98,8 +98,8 @@ typedef struct cli_model_options {
 
 typedef struct cli_session_options {
     const char *attn;
-    int64_t n_ctx, n_batch;
-    bool kv_f32;
+    int64_t n_ctx, n_batch, read_window;
+    bool extend, kv_f32;
 } cli_session_options;
 
 typedef struct cli_sampling_options {

@@ -23,6 +23,14 @@ const cli_option cli_session_table[] = {
     {"-b, --batch-size", "N", CLI_INT, offsetof(cli_session_options, n_batch), "512", "tokens per forward pass while reading", 1, 65536},
     {"--attn", "POLICY", CLI_TEXT, offsetof(cli_session_options, attn), "ivfpq",
      "how attention finds what to read in a long context, NAME or NAME:OPTION=VALUE,...; 'quarry info --attn' lists them", 0, 0},
+    {"--extend", NULL, CLI_SWITCH, offsetof(cli_session_options, extend), NULL,
+     "read texts longer than the model was trained for: what lies before the last --read-window tokens is searched, and seen at one "
+     "distance",
+     0, 0},
+    {"--read-window", "N", CLI_INT, offsetof(cli_session_options, read_window), "0",
+     "read documents in blocks that attend to their last N tokens, the first, and what the policy finds; 0: with full attention; with "
+     "--extend: 2048, or an eighth of what the model was trained for",
+     0, 1e9},
     {"--kv-f32", NULL, CLI_SWITCH, offsetof(cli_session_options, kv_f32), NULL, "keep keys and values in 32 bits instead of 16", 0, 0},
     {0}};
 
@@ -90,8 +98,12 @@ int cli_model_open(quarry_model **model, const cli_model_options *options, const
 
 int cli_session_open(quarry_session **session, quarry_model *model, const cli_session_options *options)
 {
-    quarry_session_params params = {
-        .n_ctx = options->n_ctx, .attn = options->attn, .n_batch = (int)options->n_batch, .kv_f32 = options->kv_f32};
+    quarry_session_params params = {.n_ctx = options->n_ctx,
+                                    .attn = options->attn,
+                                    .n_batch = (int)options->n_batch,
+                                    .read_window = options->read_window,
+                                    .extend = options->extend,
+                                    .kv_f32 = options->kv_f32};
     quarry_error error;
     *session = quarry_session_open(model, &params, &error);
     return *session ? CLI_OK : cli_fail_error(&error);

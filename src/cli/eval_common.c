@@ -11,6 +11,28 @@ const cli_option eval_options_table[] = {
     {"-b, --batch-size", "N", CLI_INT, offsetof(eval_options, n_batch), "512", "tokens per forward pass while reading", 1, 65536},
     {0}};
 
+const cli_option eval_way_table[] = {{"--extend", NULL, CLI_SWITCH, offsetof(eval_options, extend), NULL,
+                                      "policies read, and answer, as beyond what the model was trained for (quarry ask --extend); if a "
+                                      "text is longer than that, they are compared with the first of them",
+                                      0, 0},
+                                     {"--read-window", "N", CLI_INT, offsetof(eval_options, read_window), "0",
+                                      "policies read documents in blocks that attend to their last N tokens, the first, and what they "
+                                      "find; 0: with full attention; with --extend: 2048, or an eighth of what the model was trained for",
+                                      0, 1e9},
+                                     {0}};
+
+eval_way eval_input_way(eval_input *in, const eval_options *options, int64_t longest)
+{
+    eval_way way = {.n_batch = (int)options->n_batch, .read_window = options->read_window, .extend = options->extend};
+    in->attn = (const char *const *)in->policies.specs;
+    in->n_attn = in->policies.n;
+    if (way.extend && longest > in->info.n_ctx_train) {
+        way.reference = *in->attn++;
+        in->n_attn--;
+    }
+    return way;
+}
+
 int eval_input_begin(eval_input *in, const eval_settings *settings, int n_texts)
 {
     const eval_options *options = &settings->input;
@@ -103,6 +125,12 @@ json_t *eval_json_policies(const eval_input *in)
     json_t *list = json_array();
     for (int i = 0; i < in->policies.n; i++) json_array_append_new(list, json_string(in->policies.specs[i]));
     return list;
+}
+
+void eval_json_way(json_t *parameters, const eval_options *options)
+{
+    if (options->extend) json_object_set_new(parameters, "extend", json_true());
+    if (options->read_window) json_object_set_new(parameters, "read_window", json_integer(options->read_window));
 }
 
 int eval_input_record(eval_input *in, const cli_command *command, const eval_settings *settings, const cli_list *arguments, int64_t seed,

@@ -8,9 +8,11 @@
 
 typedef struct eval_options {
     cli_list files, attn;
-    int64_t n_batch;
+    int64_t n_batch, read_window;
+    bool extend;
 } eval_options;
 
+extern const cli_option eval_way_table[];     /* of the commands that can read otherwise than with full attention */
 extern const cli_option eval_options_table[]; /* the first is -f: commands with another kind of file begin after it */
 
 /* The settings of every evaluation begin with this. */
@@ -26,6 +28,8 @@ typedef struct eval_input {
     quarry_model *model;
     quarry_model_info info;
     policy_list policies;
+    const char *const *attn; /* [n_attn] of the policies: all, or those after the first, which is then the reference */
+    int n_attn;
     eval_text *texts;
     int n_texts;
     char (*digests)[DIGEST_CHARS]; /* [n_texts] of the files' bytes */
@@ -44,12 +48,17 @@ void eval_input_close(eval_input *in);
 int eval_input_begin(eval_input *in, const eval_settings *settings, int n_texts);
 int eval_input_add(eval_input *in, const char *path, const char *text, size_t n_bytes);
 
+/* How documents are read. A reference that reads them with full attention cannot read more than the model was trained for: beyond it the first policy is the reference.
+ * longest: tokens. */
+eval_way eval_input_way(eval_input *in, const eval_options *options, int64_t longest);
+
 /* Fills in->envelope and opens in->journal, if they are asked for: what every evaluation prints with --json, less "results" (docs/eval.md), is the header of its journal as well.
  * Takes over parameters. seed < 0: nothing is drawn. An exit code. */
 int eval_input_record(eval_input *in, const cli_command *command, const eval_settings *settings, const cli_list *arguments, int64_t seed,
                       json_t *parameters);
-/* The policies, for parameters. */
+/* The policies, and how documents are read, for parameters. */
 json_t *eval_json_policies(const eval_input *in);
+void eval_json_way(json_t *parameters, const eval_options *options);
 
 /* Around a measurement: progress and interrupts. The end returns an exit code, after a message if measured is not QUARRY_OK. */
 quarry_watch eval_measure_begin(cli_progress *progress, const eval_settings *settings);

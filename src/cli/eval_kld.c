@@ -31,6 +31,7 @@ static const cli_option kld_table[] = {
 
 static const cli_group kld_groups[] = {{"Measurement", kld_table, 0},
                                        {"Texts and policies", eval_options_table, offsetof(kld_settings, eval.input)},
+                                       {"Reading", eval_way_table, offsetof(kld_settings, eval.input)},
                                        {"Model", cli_model_table, offsetof(kld_settings, eval.model)},
                                        {"Output", cli_output_table, offsetof(kld_settings, eval.output)},
                                        {0}};
@@ -48,9 +49,10 @@ static void kld_print_task(const eval_input *in, const kld_settings *s, const kl
     const int width = eval_attn_width(&in->policies);
     const bool asked = results->task == KLD_NEEDLE;
     if (asked)
-        cli_print("\nneedle: %lld questions about %lld haystacks of %lld tokens, the digits of the right answer; full attention has %lld "
+        cli_print("\nneedle: %lld questions about %lld haystacks of %lld tokens, the digits of the right answer; %s has %lld "
                   "right\n\n",
-                  (long long)results->n_samples, (long long)s->samples, (long long)s->depth, (long long)results->full_correct);
+                  (long long)results->n_samples, (long long)s->samples, (long long)s->depth, results->attn,
+                  (long long)results->full_correct);
     else
         cli_print("\nprose: %lld x %lld tokens after %lld read\n\n", (long long)results->n_samples, (long long)s->n_steps,
                   (long long)s->depth);
@@ -59,7 +61,7 @@ static void kld_print_task(const eval_input *in, const kld_settings *s, const kl
     if (asked) cli_print("  %9s", "kept");
     if (s->audit) cli_print("  %7s  %7s", "mass", "recall");
     cli_print("  %7s  %7s  %7s  %7s  %7s\n", "rows", "index", "tables", "tail", "bytes");
-    for (int i = 0; i <= in->policies.n; i++) {
+    for (int i = 0; i <= in->n_attn; i++) {
         const kld_result *r = &results[i];
         cli_print("%-*s  %8.5f ± %7.5f  %8.4f  %8.4f  %9.5f ± %7.5f  %5.1f %%  %10.3f", width, r->attn, r->kld.steps.mean,
                   eval_best_error(&r->kld), r->kld.steps.p99, r->kld.steps.max, r->dnll.steps.mean, eval_best_error(&r->dnll),
@@ -85,8 +87,8 @@ static void kld_print_task(const eval_input *in, const kld_settings *s, const kl
 static void kld_print(const eval_input *in, const kld_settings *s, const kld_result *results, int n_results)
 {
     eval_print_model(in);
-    cli_print("KL divergence of next-token distributions to full attention, in nats\n");
-    for (int i = 0; i < n_results; i += in->policies.n + 1) kld_print_task(in, s, &results[i]);
+    cli_print("KL divergence of next-token distributions to those of %s, in nats\n", results->attn);
+    for (int i = 0; i < n_results; i += in->n_attn + 1) kld_print_task(in, s, &results[i]);
 }
 
 static json_t *json_result(const kld_result *r)
@@ -122,9 +124,11 @@ static int set_task(kld_params *params, const kld_settings *s)
 
 static json_t *json_parameters(const eval_input *in, const kld_settings *s)
 {
-    return json_pack("{s:s, s:I, s:I, s:I, s:I, s:b, s:I, s:o}", "task", s->task, "depth", (json_int_t)s->depth, "steps",
-                     (json_int_t)s->n_steps, "samples", (json_int_t)s->samples, "needles", (json_int_t)s->needles, "audit", s->audit,
-                     "batch_size", (json_int_t)s->eval.input.n_batch, "attn", eval_json_policies(in));
+    json_t *parameters = json_pack("{s:s, s:I, s:I, s:I, s:I, s:b, s:I, s:o}", "task", s->task, "depth", (json_int_t)s->depth, "steps",
+                                   (json_int_t)s->n_steps, "samples", (json_int_t)s->samples, "needles", (json_int_t)s->needles, "audit",
+                                   s->audit, "batch_size", (json_int_t)s->eval.input.n_batch, "attn", eval_json_policies(in));
+    eval_json_way(parameters, &s->eval.input);
+    return parameters;
 }
 
 /* Measures and prints. */
@@ -153,8 +157,9 @@ static int kld_run(const void *settings, const cli_list *arguments)
     if (!code) code = eval_input_open(&in, &s->eval, arguments, &command_eval_kld);
     if (!code)
         code = eval_input_record(&in, &command_eval_kld, &s->eval, arguments, params.haystacks ? s->seed : -1, json_parameters(&in, s));
-    params.attn = (const char *const *)in.policies.specs;
-    params.n_attn = in.policies.n;
+    if (!code) params.way = eval_input_way(&in, &s->eval.input, s->depth + s->n_steps);
+    params.attn = in.attn;
+    params.n_attn = in.n_attn;
     params.texts = in.texts;
     params.n_texts = in.n_texts;
     params.depth = s->depth;
@@ -162,7 +167,6 @@ static int kld_run(const void *settings, const cli_list *arguments)
     params.needles = (int)s->needles;
     params.seed = (uint64_t)s->seed;
     params.audit = s->audit;
-    params.n_batch = (int)s->eval.input.n_batch;
     params.journal = in.journal;
     if (!code) code = measure_print(&in, s, &params);
     eval_input_close(&in);

@@ -27,6 +27,7 @@ static const cli_option needle_table[] = {
 
 static const cli_group needle_groups[] = {{"Measurement", needle_table, 0},
                                           {"Texts and policies", eval_options_table, offsetof(needle_settings, eval.input)},
+                                          {"Reading", eval_way_table, offsetof(needle_settings, eval.input)},
                                           {"Model", cli_model_table, offsetof(needle_settings, eval.model)},
                                           {"Output", cli_output_table, offsetof(needle_settings, eval.output)},
                                           {0}};
@@ -42,11 +43,11 @@ static void needle_print(const eval_input *in, const needle_result *results)
 {
     const int width = eval_attn_width(&in->policies);
     eval_print_model(in);
-    cli_print("%lld needles asked for, full attention answers %lld; kept: of these, those a policy answers; KLD along full's answers\n\n",
-              (long long)results[0].asked, (long long)results[0].full_correct);
+    cli_print("%lld needles asked for, %s answers %lld; kept: of these, those a policy answers; KLD along its answers\n\n",
+              (long long)results[0].asked, results[0].attn, (long long)results[0].full_correct);
     cli_print("%-*s  %9s  %22s  %22s  %18s  %6s  %6s\n", width, "policy", "kept", "share (95 % interval)", "net loss (interval)",
               "mean KLD ± s.e.", "rows", "bytes");
-    for (int i = 0; i <= in->policies.n; i++) {
+    for (int i = 0; i <= in->n_attn; i++) {
         const needle_result *r = &results[i];
         const double share = r->full_correct ? 100.0 * (double)r->kept / (double)r->full_correct : 0;
         char kept[48];
@@ -62,7 +63,7 @@ static void needle_print_citations(const eval_input *in, const needle_result *re
     const int width = eval_attn_width(&in->policies);
     cli_print("\nof the right answers, those whose first citation holds the needle\n\n");
     cli_print("%-*s  %9s  %22s\n", width, "policy", "cited", "share (95 % interval)");
-    for (int i = 0; i <= in->policies.n; i++) {
+    for (int i = 0; i <= in->n_attn; i++) {
         const needle_result *r = &results[i];
         char cited[48];
         snprintf(cited, sizeof cited, "%lld/%lld", (long long)r->cited, (long long)r->correct);
@@ -101,7 +102,7 @@ static json_t *json_grid(const needle_cell *cells, int64_t n)
 static int needle_print_json(eval_input *in, bool cite, const needle_result *results, const needle_cell *cells, int64_t n_cells)
 {
     json_t *list = json_array();
-    for (int i = 0; i <= in->policies.n; i++) {
+    for (int i = 0; i <= in->n_attn; i++) {
         const needle_result *r = &results[i];
         json_t *item =
             json_pack("{s:s, s:I, s:I, s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:o, s:o}", "attn", r->attn, "asked", (json_int_t)r->asked,
@@ -119,16 +120,19 @@ static int needle_print_json(eval_input *in, bool cite, const needle_result *res
 
 static json_t *json_parameters(const eval_input *in, const needle_settings *s)
 {
-    return json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:b, s:o}", "depths", s->depths, "count", (json_int_t)s->count, "needles",
-                     (json_int_t)s->needles, "positions", (json_int_t)s->positions, "predict", (json_int_t)s->n_answer, "batch_size",
-                     (json_int_t)s->eval.input.n_batch, "cite", s->cite, "attn", eval_json_policies(in));
+    json_t *parameters =
+        json_pack("{s:s, s:I, s:I, s:I, s:I, s:I, s:b, s:o}", "depths", s->depths, "count", (json_int_t)s->count, "needles",
+                  (json_int_t)s->needles, "positions", (json_int_t)s->positions, "predict", (json_int_t)s->n_answer, "batch_size",
+                  (json_int_t)s->eval.input.n_batch, "cite", s->cite, "attn", eval_json_policies(in));
+    eval_json_way(parameters, &s->eval.input);
+    return parameters;
 }
 
 static void needle_print_all(const eval_input *in, bool cite, const needle_result *results, const needle_cell *cells, int n_depths,
                              int n_positions)
 {
     needle_print(in, results);
-    for (int i = 0; n_positions > 0 && i <= in->policies.n; i++)
+    for (int i = 0; n_positions > 0 && i <= in->n_attn; i++)
         needle_print_grid(results[i].attn, cells + (int64_t)i * n_depths * n_positions, n_depths, n_positions);
     if (cite) needle_print_citations(in, results);
 }
@@ -139,8 +143,8 @@ static int measure_print(eval_input *in, const needle_settings *s, const needle_
     quarry_error error;
     const int64_t n_cells = (int64_t)params->n_depths * params->positions; /* of one policy */
     needle_cell *cells = NULL;
-    needle_result *results = memory_zero((size_t)in->policies.n + 1, sizeof *results, "results", &error);
-    if (!results || !(cells = memory_zero((size_t)in->policies.n + 1, (size_t)n_cells * sizeof *cells, "results", &error))) {
+    needle_result *results = memory_zero((size_t)in->n_attn + 1, sizeof *results, "results", &error);
+    if (!results || !(cells = memory_zero((size_t)in->n_attn + 1, (size_t)n_cells * sizeof *cells, "results", &error))) {
         memory_free(results);
         return cli_fail_error(&error);
     }
@@ -156,6 +160,13 @@ static int measure_print(eval_input *in, const needle_settings *s, const needle_
     return code;
 }
 
+static int64_t longest(const int64_t *depths, int64_t n)
+{
+    int64_t most = 0;
+    for (int64_t i = 0; i < n; i++) most = depths[i] > most ? depths[i] : most;
+    return most;
+}
+
 static int needle_run(const void *settings, const cli_list *arguments)
 {
     const needle_settings *s = settings;
@@ -166,8 +177,9 @@ static int needle_run(const void *settings, const cli_list *arguments)
     if (n_depths < 0) return cli_fail_error(&error);
     int code = eval_input_open(&in, &s->eval, arguments, &command_eval_needle);
     if (!code) code = eval_input_record(&in, &command_eval_needle, &s->eval, arguments, s->seed, json_parameters(&in, s));
-    const needle_params params = {.attn = (const char *const *)in.policies.specs,
-                                  .n_attn = in.policies.n,
+    const eval_way way = code ? (eval_way){0} : eval_input_way(&in, &s->eval.input, longest(depths, n_depths));
+    const needle_params params = {.attn = in.attn,
+                                  .n_attn = in.n_attn,
                                   .texts = in.texts,
                                   .n_texts = in.n_texts,
                                   .depths = depths,
@@ -178,7 +190,7 @@ static int needle_run(const void *settings, const cli_list *arguments)
                                   .n_answer = (int)s->n_answer,
                                   .cite = s->cite,
                                   .seed = (uint64_t)s->seed,
-                                  .n_batch = (int)s->eval.input.n_batch,
+                                  .way = way,
                                   .journal = in.journal};
     if (!code) code = measure_print(&in, s, &params);
     memory_free(depths);

@@ -17,6 +17,7 @@ static const cli_option ppl_table[] = {
 
 static const cli_group ppl_groups[] = {{"Measurement", ppl_table, 0},
                                        {"Texts and policies", eval_options_table, offsetof(ppl_settings, eval.input)},
+                                       {"Reading", eval_way_table, offsetof(ppl_settings, eval.input)},
                                        {"Model", cli_model_table, offsetof(ppl_settings, eval.model)},
                                        {"Output", cli_output_table, offsetof(ppl_settings, eval.output)},
                                        {0}};
@@ -25,11 +26,11 @@ static void ppl_print(const eval_input *in, const kld_params *params, const kld_
 {
     const int width = eval_attn_width(&in->policies);
     eval_print_model(in);
-    cli_print(
-        "perplexity of the last %lld tokens of %lld windows of %lld, fed one by one after the others were read with full attention\n\n",
-        (long long)params->n_steps, (long long)results[0].n_samples, (long long)(params->depth + params->n_steps + 1));
+    cli_print("perplexity of the last %lld tokens of %lld windows of %lld, fed one by one after the others were read%s\n\n",
+              (long long)params->n_steps, (long long)results[0].n_samples, (long long)(params->depth + params->n_steps + 1),
+              params->way.extend || params->way.read_window ? "" : " with full attention");
     cli_print("%-*s  %20s  %18s  %19s  %7s  %7s\n", width, "policy", "perplexity ± s.e.", "NLL ± s.e.", "dNLL ± s.e.", "rows", "bytes");
-    for (int i = 0; i <= in->policies.n; i++) {
+    for (int i = 0; i <= in->n_attn; i++) {
         const kld_result *r = &results[i];
         const double error = eval_best_error(&r->nll);
         cli_print("%-*s  %10.4f ± %7.4f  %8.5f ± %7.5f  %9.5f ± %7.5f  %5.1f %%  %5.1f %%\n", width, r->attn, r->perplexity,
@@ -53,9 +54,12 @@ static int ppl_print_json(eval_input *in, const kld_result *results, int n)
 
 static json_t *json_parameters(const eval_input *in, const ppl_settings *s, const kld_params *params)
 {
-    return json_pack("{s:I, s:I, s:I, s:I, s:b, s:I, s:o}", "ctx_size", (json_int_t)s->window, "depth", (json_int_t)params->depth, "steps",
-                     (json_int_t)params->n_steps, "samples", (json_int_t)params->samples, "consecutive", params->consecutive, "batch_size",
-                     (json_int_t)s->eval.input.n_batch, "attn", eval_json_policies(in));
+    json_t *parameters =
+        json_pack("{s:I, s:I, s:I, s:I, s:b, s:I, s:o}", "ctx_size", (json_int_t)s->window, "depth", (json_int_t)params->depth, "steps",
+                  (json_int_t)params->n_steps, "samples", (json_int_t)params->samples, "consecutive", params->consecutive, "batch_size",
+                  (json_int_t)s->eval.input.n_batch, "attn", eval_json_policies(in));
+    eval_json_way(parameters, &s->eval.input);
+    return parameters;
 }
 
 static int measure_print(eval_input *in, const ppl_settings *s, const kld_params *params)
@@ -80,11 +84,10 @@ static int ppl_run(const void *settings, const cli_list *arguments)
     eval_input in = {0};
     quarry_error error;
     int code = eval_input_open(&in, &s->eval, arguments, &command_eval_ppl);
-    kld_params params = {.attn = (const char *const *)in.policies.specs,
-                         .n_attn = in.policies.n,
-                         .texts = in.texts,
-                         .n_texts = in.n_texts,
-                         .n_batch = (int)s->eval.input.n_batch};
+    kld_params params = {.texts = in.texts, .n_texts = in.n_texts};
+    if (!code) params.way = eval_input_way(&in, &s->eval.input, s->window);
+    params.attn = in.attn;
+    params.n_attn = in.n_attn;
     if (!code && ppl_windows(&params, s->window, s->n_scored, (int)s->samples, &error) != QUARRY_OK) code = cli_fail_error(&error);
     if (!code) code = eval_input_record(&in, &command_eval_ppl, &s->eval, arguments, -1, json_parameters(&in, s, &params));
     params.journal = in.journal;

@@ -32,18 +32,8 @@ float audit_kth_largest(float *values, int64_t n, int64_t k)
 /* scores[group][pos + 1] of all rows, or NULL. */
 static float *exact_scores(const audit *a, const attn_reading *r, arena *scratch)
 {
-    const size_t n = (size_t)(r->pos + 1), g = (size_t)r->group;
-    const kv_type type = kv_shape_of(r->kv)->type;
-    const void **rows = arena_alloc(scratch, n, sizeof *rows, NULL);
-    float *scores = arena_alloc(scratch, n * g, sizeof *scores, NULL);
-    attention_state unused = {.m = arena_alloc(scratch, g, sizeof(float), NULL),
-                              .l = arena_alloc(scratch, g, sizeof(float), NULL),
-                              .o = arena_alloc(scratch, g * (size_t)r->d, sizeof(float), NULL)};
-    if (!rows || !scores || !unused.m || !unused.l || !unused.o) return NULL;
-    attention_clear(&unused, r->group, r->d);
-    for (size_t i = 0; i < n; i++) rows[i] = kv_row(r->kv, r->layer, r->head, (int64_t)i);
-    a->kernels->attention->rows(r->q, r->group, r->d, type, rows, (int64_t)n, scores, &unused);
-    return scores;
+    float *scores = arena_alloc(scratch, (size_t)(r->pos + 1) * (size_t)r->group, sizeof *scores, NULL);
+    return scores && attn_reading_scores(r, a->kernels, 0, r->pos + 1, scores, scratch) ? scores : NULL;
 }
 
 static double mass_of(const float *scores, int64_t first, int64_t end, double max)

@@ -46,11 +46,47 @@ quarry_code eval_check_length(const quarry_model *model, int64_t n_tokens, const
                      (long long)n_tokens, (long long)trained);
 }
 
-const char **eval_policies(const char *const *attn, int n_attn, quarry_error *error)
+quarry_code eval_check_way(const quarry_model *model, const eval_way *way, int64_t n_tokens, const char *what, quarry_error *error)
+{
+    return way->extend && way->reference ? QUARRY_OK : eval_check_length(model, n_tokens, what, error);
+}
+
+quarry_code eval_sessions_read(eval_sessions *s, quarry_model *model, const eval_way *way, const char *const *specs, int n_policies,
+                               const int32_t *tokens, int64_t n, eval_watch *watch, quarry_error *error)
+{
+    const int n_sessions = eval_readings(way, n_policies);
+    quarry_code code = QUARRY_OK;
+    *s = (eval_sessions){.apart = n_sessions > 1 || way->extend || way->read_window > 0};
+    if (!(s->read = memory_zero((size_t)n_sessions, sizeof *s->read, "sessions", error))) return QUARRY_ERROR_MEMORY;
+    for (int i = 0; i < n_sessions && code == QUARRY_OK; i++) {
+        const bool plain = !s->apart || (i == 0 && !way->reference);
+        const quarry_session_params params = {
+            .n_batch = way->n_batch, .read_window = plain ? 0 : way->read_window, .extend = !plain && way->extend};
+        s->read[i] = session_open_policies(model, &params, specs + i, s->apart ? 1 : n_policies, error);
+        if (!s->read[i]) return eval_failed(error);
+        s->n++;
+        code = eval_read(s->read[i], tokens, n, watch, error);
+    }
+    return code;
+}
+
+quarry_session *eval_sessions_fork(const eval_sessions *s, int policy, quarry_error *error)
+{
+    return s->apart ? quarry_session_fork(s->read[policy], error) : session_fork_policy(s->read[0], policy, error);
+}
+
+void eval_sessions_free(eval_sessions *s)
+{
+    for (int i = 0; i < s->n; i++) quarry_session_close(s->read[i]);
+    memory_free(s->read);
+    *s = (eval_sessions){0};
+}
+
+const char **eval_policies(const char *reference, const char *const *attn, int n_attn, quarry_error *error)
 {
     const char **specs = memory_alloc((size_t)n_attn + 1, sizeof *specs, "policies", error);
     if (!specs) return NULL;
-    specs[0] = "full";
+    specs[0] = reference ? reference : "full";
     for (int i = 0; i < n_attn; i++) specs[i + 1] = attn[i];
     return specs;
 }

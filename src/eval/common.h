@@ -26,9 +26,28 @@ quarry_code eval_bos(const quarry_model *model, int32_t *bos, int *n_bos, quarry
 
 /* CONTEXT if the model was not trained for so many tokens: better said before than after minutes of reading. */
 quarry_code eval_check_length(const quarry_model *model, int64_t n_tokens, const char *what, quarry_error *error);
+/* The same unless every policy reads in the extended way. */
+quarry_code eval_check_way(const quarry_model *model, const eval_way *way, int64_t n_tokens, const char *what, quarry_error *error);
 
-/* "full" and then attn[n_attn], in a new array (memory_free); the strings stay the caller's. */
-const char **eval_policies(const char *const *attn, int n_attn, quarry_error *error);
+/* The reference (NULL: "full") and then attn[n_attn], in a new array (memory_free); the strings stay the caller's. */
+const char **eval_policies(const char *reference, const char *const *attn, int n_attn, quarry_error *error);
+
+/* Sessions that have read the same tokens: one for all policies, or one for each where reading depends on the policy. */
+typedef struct eval_sessions {
+    quarry_session **read; /* [n_policies], or [1] */
+    int n;
+    bool apart;
+} eval_sessions;
+/* Reads tokens[n] for specs[n_policies]; free also after a failure. */
+quarry_code eval_sessions_read(eval_sessions *s, quarry_model *model, const eval_way *way, const char *const *specs, int n_policies,
+                               const int32_t *tokens, int64_t n, eval_watch *watch, quarry_error *error);
+quarry_session *eval_sessions_fork(const eval_sessions *s, int policy, quarry_error *error);
+void eval_sessions_free(eval_sessions *s);
+/* How often a document is read. */
+static inline int eval_readings(const eval_way *way, int n_policies)
+{
+    return way->extend || way->read_window > 0 ? n_policies : 1;
+}
 
 /* ---- question.c ---- */
 

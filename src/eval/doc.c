@@ -159,7 +159,7 @@ quarry_code doc_measure(quarry_model *model, const doc_params *params, const qua
     score_result *scores = NULL;
     quarry_code code = QUARRY_ERROR_MEMORY;
     if (params->n_answer < 1) return error_set(error, QUARRY_ERROR_ARGUMENT, "the tokens of an answer must be at least 1");
-    if (!(r.specs = eval_policies(params->attn, params->n_attn, error)) ||
+    if (!(r.specs = eval_policies(NULL, params->attn, params->n_attn, error)) ||
         !(r.cells = memory_zero((size_t)r.n_policies, sizeof *r.cells, "scores", error)) ||
         !(scores = memory_zero((size_t)r.n_policies, sizeof *scores, "scores", error)))
         goto done;

@@ -67,6 +67,15 @@ typedef struct eval_text {
     int64_t n_tokens;
 } eval_text;
 
+/* How documents are read; as the fields of quarry_session_params. */
+typedef struct eval_way {
+    int n_batch;
+    int64_t read_window;
+    bool extend;
+    const char *
+        reference; /* the policy that others are compared with, which reads as they do; NULL: "full", and a document read with full attention */
+} eval_way;
+
 /* What a policy read, relative to reading everything. Layers that see a sliding window only, and are read the same under every policy, do not count. */
 typedef struct eval_reading {
     double rows_share;   /* K|V rows */
@@ -111,7 +120,7 @@ typedef struct kld_params {
     int needles;      /* needle: in each document; every one is asked for */
     uint64_t seed;    /* needle: of places, keys and numbers */
     bool audit;       /* compare what was read with exact scores: costs a full read per step */
-    int n_batch;
+    eval_way way;
     journal *journal; /* of finished samples; may be NULL */
 } kld_params;
 
@@ -207,7 +216,7 @@ typedef struct needle_params {
     int n_answer;  /* most tokens of an answer */
     bool cite;     /* whether right answers cite the needle first */
     uint64_t seed;
-    int n_batch;
+    eval_way way;
     journal *journal; /* of finished haystacks; may be NULL */
 } needle_params;
 

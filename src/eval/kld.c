@@ -56,12 +56,12 @@ static void kld_step(kld_run *r, int64_t i, int32_t target)
 }
 
 /* Forks that were fed the path's prefix, and empty steps. */
-static quarry_code kld_begin(kld_run *r, const quarry_session *read, const kld_path *path, quarry_error *error)
+static quarry_code kld_begin(kld_run *r, const eval_sessions *read, const kld_path *path, quarry_error *error)
 {
     quarry_code code = QUARRY_OK;
     for (int p = 0; p < r->n_policies && code == QUARRY_OK; p++) {
         double *values = r->values + 2 * p * r->capacity;
-        quarry_session *session = r->sessions[p] = session_fork_policy(read, p, error);
+        quarry_session *session = r->sessions[p] = eval_sessions_fork(read, p, error);
         if (!session) return eval_failed(error);
         if (path->n_prefix > 0) code = (quarry_code)quarry_session_feed(session, path->prefix, path->n_prefix, NULL, error);
         r->steps[p] = (kld_steps){.n = path->n, .kld = values, .nll = values + r->capacity, .correct = true, .cost = session_cost(session)};
@@ -91,16 +91,26 @@ static quarry_code kld_end(kld_run *r, json_t *samples, quarry_error *error)
     return QUARRY_OK;
 }
 
+/* One step of all; together where they were read together. */
+static quarry_code kld_feed(kld_run *r, const eval_sessions *read, int32_t token, quarry_error *error)
+{
+    quarry_code code = QUARRY_OK;
+    for (int p = 0; p < r->n_policies; p++) r->row[p] = token;
+    if (!read->apart) return (quarry_code)quarry_sessions_feed(r->sessions, r->row, r->n_policies, error);
+    for (int p = 0; p < r->n_policies && code == QUARRY_OK; p++)
+        code = (quarry_code)quarry_session_feed(r->sessions[p], &token, 1, NULL, error);
+    return code;
+}
+
 /* progress: what the path counts under one policy. */
-static quarry_code kld_follow(kld_run *r, const quarry_session *read, const kld_path *path, int64_t progress, json_t *samples,
+static quarry_code kld_follow(kld_run *r, const eval_sessions *read, const kld_path *path, int64_t progress, json_t *samples,
                               quarry_error *error)
 {
     const int64_t done = r->watch.done;
     quarry_code code = kld_begin(r, read, path, error);
     for (int64_t i = 0; i < path->n && code == QUARRY_OK; i++) {
-        for (int p = 0; p < r->n_policies; p++) r->row[p] = path->tokens[i];
         if ((code = eval_watch_ask(&r->watch, error)) != QUARRY_OK) break;
-        if ((code = (quarry_code)quarry_sessions_feed(r->sessions, r->row, r->n_policies, error)) != QUARRY_OK) break;
+        if ((code = kld_feed(r, read, path->tokens[i], error)) != QUARRY_OK) break;
         kld_step(r, i, path->tokens[i + 1]);
         r->watch.done = done + progress * r->n_policies * (i + 1) / path->n;
     }
@@ -112,12 +122,10 @@ static quarry_code kld_follow(kld_run *r, const quarry_session *read, const kld_
     return code;
 }
 
-/* *session has read the document. */
-static quarry_code kld_read(kld_run *r, quarry_session **session, quarry_error *error)
+static quarry_code kld_read(kld_run *r, eval_sessions *sessions, quarry_error *error)
 {
-    const quarry_session_params session_params = {.n_batch = r->params->n_batch};
-    *session = session_open_policies(r->model, &session_params, r->specs, r->n_policies, error);
-    return *session ? eval_read(*session, r->document, r->params->depth, &r->watch, error) : eval_failed(error);
+    return eval_sessions_read(sessions, r->model, &r->params->way, r->specs, r->n_policies, r->document, r->params->depth, &r->watch,
+                              error);
 }
 
 /* ---- a document and all that is asked after it ---- */
@@ -143,15 +151,15 @@ static quarry_code prose_sample(kld_run *r, int i, json_t *samples, quarry_error
     const kld_path path = {.tokens = tokens + p->depth, .n = p->n_steps};
     memcpy(r->document, tokens, (size_t)p->depth * sizeof *tokens);
     if (r->n_bos) r->document[0] = r->bos; /* in the place of the first token, so that the depth is as stated */
-    quarry_session *session;
-    quarry_code code = kld_read(r, &session, error);
-    if (code == QUARRY_OK) code = kld_follow(r, session, &path, p->n_steps, samples, error);
-    quarry_session_close(session);
+    eval_sessions sessions;
+    quarry_code code = kld_read(r, &sessions, error);
+    if (code == QUARRY_OK) code = kld_follow(r, &sessions, &path, p->n_steps, samples, error);
+    eval_sessions_free(&sessions);
     return code;
 }
 
 /* The question about one needle and the right answer to it, whose digits are the steps. */
-static quarry_code needle_ask(kld_run *r, const quarry_session *read, const needle *s, json_t *samples, quarry_error *error)
+static quarry_code needle_ask(kld_run *r, const eval_sessions *read, const needle *s, json_t *samples, quarry_error *error)
 {
     token_list before = {0}, fed = {0}, answer = {0};
     int64_t first_digit = 0;
@@ -180,16 +188,16 @@ static quarry_code needle_sample(kld_run *r, int i, json_t *samples, quarry_erro
     needle needles[NEEDLE_MAX];
     token_list before = {0}, question = {0};
     random_state random;
-    quarry_session *session = NULL;
+    eval_sessions sessions = {0};
     random_seed(&random,
                 p->seed ^ (UINT64_C(0x9e3779b97f4a7c15) * (uint64_t)(i + 1))); /* apart, so that a haystack does not depend on others */
     needle_draw(needles, p->needles, &random);
     quarry_code code = question_encode(r->model, &needles[0], &before, &question, error);
     if (code == QUARRY_OK)
         code = haystack_draw(&r->source, i % p->n_texts, needles, p->needles, &before, &random, r->document, p->depth, error);
-    if (code == QUARRY_OK) code = kld_read(r, &session, error);
-    for (int s = 0; s < p->needles && code == QUARRY_OK; s++) code = needle_ask(r, session, &needles[s], samples, error);
-    quarry_session_close(session);
+    if (code == QUARRY_OK) code = kld_read(r, &sessions, error);
+    for (int s = 0; s < p->needles && code == QUARRY_OK; s++) code = needle_ask(r, &sessions, &needles[s], samples, error);
+    eval_sessions_free(&sessions);
     token_list_free(&before);
     token_list_free(&question);
     return code;
@@ -205,7 +213,8 @@ static int n_samples(const kld_params *p, kld_task task)
 static int64_t sample_cost(const kld_run *r, kld_task task)
 {
     const kld_params *p = r->params;
-    return p->depth + r->n_policies * (task == KLD_PROSE ? p->n_steps : (int64_t)p->needles * NEEDLE_COST);
+    return p->depth * eval_readings(&p->way, r->n_policies) +
+           r->n_policies * (task == KLD_PROSE ? p->n_steps : (int64_t)p->needles * NEEDLE_COST);
 }
 
 static void sample_key(kld_task task, int i, char out[32])
@@ -246,9 +255,9 @@ static quarry_code kld_check(const quarry_model *model, const kld_params *p, qua
             return error_set(error, QUARRY_ERROR_ARGUMENT, "%s: has %lld tokens, but a depth of %lld and %lld steps need %lld",
                              p->texts[i].name, (long long)p->texts[i].n_tokens, (long long)p->depth, (long long)p->n_steps,
                              (long long)(p->depth + p->n_steps + 1));
-    const quarry_code code = eval_check_length(model, p->depth + (p->samples > 0 ? p->n_steps : 0), "depth and steps", error);
+    const quarry_code code = eval_check_way(model, &p->way, p->depth + (p->samples > 0 ? p->n_steps : 0), "depth and steps", error);
     if (code != QUARRY_OK || p->haystacks == 0) return code;
-    return eval_check_length(model, p->depth + NEEDLE_COST, "haystack and question", error);
+    return eval_check_way(model, &p->way, p->depth + NEEDLE_COST, "haystack and question", error);
 }
 
 static quarry_code kld_alloc(kld_run *r, quarry_error *error)
@@ -257,7 +266,7 @@ static quarry_code kld_alloc(kld_run *r, quarry_error *error)
     const size_t n_vocab = (size_t)r->n_vocab, n_policies = (size_t)r->n_policies;
     quarry_code code;
     r->capacity = p->haystacks > 0 && p->n_steps < ANSWER_STEPS ? ANSWER_STEPS : p->n_steps;
-    if (!(r->specs = eval_policies(p->attn, p->n_attn, error))) return QUARRY_ERROR_MEMORY;
+    if (!(r->specs = eval_policies(p->way.reference, p->attn, p->n_attn, error))) return QUARRY_ERROR_MEMORY;
     for (int i = 0; i < KLD_TASKS; i++)
         if (!(r->tallies[i] = memory_zero(n_policies, sizeof **r->tallies, "tallies", error))) return QUARRY_ERROR_MEMORY;
     if (!(r->document = memory_alloc((size_t)p->depth, sizeof *r->document, "document", error)) ||

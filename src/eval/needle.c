@@ -28,7 +28,7 @@ typedef struct needle_case {
     const char *text_name;
     const needle *needle;
     int64_t n_tokens;
-    const quarry_session *read;
+    const eval_sessions *read;
     int64_t first; /* token where the text begins, after the template's */
     const token_list *question;
     token_list answer; /* of full, its end included */
@@ -69,7 +69,7 @@ static quarry_code answer_forced(needle_run *r, quarry_session *session, const t
 
 static quarry_session *session_asked(const needle_run *r, const needle_case *c, int policy, quarry_error *error)
 {
-    quarry_session *session = session_fork_policy(c->read, policy, error);
+    quarry_session *session = eval_sessions_fork(c->read, policy, error);
     if (!session) return NULL;
     int code = r->params->cite ? quarry_session_cite(session, error) : QUARRY_OK;
     if (!code) code = quarry_session_feed(session, c->question->ids, c->question->n, NULL, error);
@@ -107,7 +107,7 @@ static quarry_code answer_judge(const needle_run *r, needle_case *c, int policy,
     said->correct = needle_answered(c->needle, text, n_bytes);
     if (policy == 0) c->full_correct = said->correct;
     if (said->correct && r->params->cite)
-        code = cite_first_holds(r->model, session, quarry_session_tokens(c->read) + c->first, c->n_tokens - c->first, c->needle,
+        code = cite_first_holds(r->model, session, quarry_session_tokens(c->read->read[0]) + c->first, c->n_tokens - c->first, c->needle,
                                 &said->cited, error);
     if (r->on_answer) {
         const needle_answer a = {c->text_name, r->specs[policy], text, c->needle, c->n_tokens, said->correct, c->full_correct};
@@ -202,22 +202,21 @@ static quarry_code haystack_make(needle_run *r, haystack *h, int text_index, int
 /* Reads a haystack once and asks for every needle under every policy: arrays in needles. */
 static quarry_code haystack_measure(needle_run *r, const haystack *h, int text_index, json_t *needles, quarry_error *error)
 {
-    const quarry_session_params session_params = {.n_batch = r->params->n_batch};
     token_list before = {0}, question = {0};
-    quarry_session *session = session_open_policies(r->model, &session_params, r->specs, r->n_policies, error);
-    if (!session) return eval_failed(error);
+    eval_sessions sessions;
     needle_case c = {.text_name = r->params->texts[text_index].name,
                      .n_tokens = h->n_tokens,
-                     .read = session,
+                     .read = &sessions,
                      .first = h->before.n,
                      .question = &question};
-    quarry_code code = eval_read(session, h->tokens, h->n_tokens, &r->watch, error);
+    quarry_code code =
+        eval_sessions_read(&sessions, r->model, &r->params->way, r->specs, r->n_policies, h->tokens, h->n_tokens, &r->watch, error);
     for (int i = 0; i < r->params->needles && code == QUARRY_OK; i++) {
         c.needle = &h->needles[i];
         if ((code = question_encode(r->model, c.needle, &before, &question, error)) != QUARRY_OK) break;
         code = needle_ask_all(r, &c, needles, error);
     }
-    quarry_session_close(session);
+    eval_sessions_free(&sessions);
     token_list_free(&c.answer);
     token_list_free(&before);
     token_list_free(&question);
@@ -275,7 +274,7 @@ static quarry_code needle_check(const quarry_model *model, const needle_params *
                          p->positions, p->needles, NEEDLE_POSITIONS);
     for (int i = 0; i < p->n_depths; i++) { /* a question has about 30 tokens */
         const quarry_code code =
-            eval_check_length(model, p->depths[i] + QUESTION_TOKENS + p->n_answer, "haystack, question and answer", error);
+            eval_check_way(model, &p->way, p->depths[i] + QUESTION_TOKENS + p->n_answer, "haystack, question and answer", error);
         if (code != QUARRY_OK) return code;
     }
     return QUARRY_OK;
@@ -285,7 +284,7 @@ static quarry_code needle_alloc(needle_run *r, quarry_error *error)
 {
     const needle_params *p = r->params;
     const size_t n_vocab = (size_t)r->n_vocab;
-    if (!(r->specs = eval_policies(p->attn, p->n_attn, error))) return QUARRY_ERROR_MEMORY;
+    if (!(r->specs = eval_policies(p->way.reference, p->attn, p->n_attn, error))) return QUARRY_ERROR_MEMORY;
     if (!(r->tallies = memory_zero((size_t)r->n_policies, sizeof *r->tallies, "tallies", error))) return QUARRY_ERROR_MEMORY;
     const quarry_code code = haystack_source_open(&r->source, r->model, p->texts, p->n_texts, error);
     if (code != QUARRY_OK) return code;
@@ -336,7 +335,7 @@ quarry_code needle_measure(quarry_model *model, const needle_params *params, con
     for (int d = 0; d < params->n_depths; d++)
         for (int t = 0; t < params->n_texts; t++)
             for (int i = 0; i < haystacks_of(params); i++)
-                if (!haystack_find(&r, d, t, i, key)) r.watch.total += params->depths[d];
+                if (!haystack_find(&r, d, t, i, key)) r.watch.total += params->depths[d] * eval_readings(&params->way, r.n_policies);
     if ((code = needle_alloc(&r, error)) != QUARRY_OK) goto done;
     if (r.cells) cells_clear(&r);
     for (int d = 0; d < params->n_depths; d++)
@@ -344,7 +343,7 @@ quarry_code needle_measure(quarry_model *model, const needle_params *params, con
             for (int i = 0; i < haystacks_of(params); i++)
                 if ((code = haystack_run(&r, d, t, i, error)) != QUARRY_OK) goto done;
     for (int i = 0; i < r.n_policies; i++) {
-        results[i] = (needle_result){.attn = i ? params->attn[i - 1] : "full"};
+        results[i] = (needle_result){.attn = r.specs[i]};
         needle_tally_finish(&r.tallies[i], &r.tallies[0], model, &results[i]);
     }
 done:

@@ -218,7 +218,7 @@ quarry_code ruler_measure(quarry_model *model, const ruler_params *params, const
     for (int l = 0; l < params->n_lengths && code == QUARRY_OK; l++)
         code = eval_check_length(model, params->lengths[l], "--lengths", error);
     if (code != QUARRY_OK) return code;
-    if (!(r.specs = eval_policies(params->attn, params->n_attn, error))) return QUARRY_ERROR_MEMORY;
+    if (!(r.specs = eval_policies(NULL, params->attn, params->n_attn, error))) return QUARRY_ERROR_MEMORY;
     r.cells = memory_zero((size_t)n_cells, sizeof *r.cells, "scores", error);
     code = r.cells ? ruler_source_make(&r.source, params->text ? params->text : "", params->n_bytes, error) : QUARRY_ERROR_MEMORY;
     for (int task = 0; task < RULER_TASKS; task++)

@@ -8,6 +8,8 @@ static quarry_code check(quarry_session *const *sessions, int n, quarry_error *e
             return error_set(error, QUARRY_ERROR_ARGUMENT, "session %d of the batch belongs to another model than session 0", i);
         if (sessions[i]->params.kv_f32 != sessions[0]->params.kv_f32)
             return error_set(error, QUARRY_ERROR_ARGUMENT, "session %d of the batch keeps its cache in another type than session 0", i);
+        if (sessions[i]->params.extend != sessions[0]->params.extend || sessions[i]->params.read_window != sessions[0]->params.read_window)
+            return error_set(error, QUARRY_ERROR_ARGUMENT, "session %d of the batch is extended or read in another way than session 0", i);
         for (int j = 0; j < i; j++)
             if (sessions[i] == sessions[j])
                 return error_set(error, QUARRY_ERROR_ARGUMENT, "sessions %d and %d of the batch are the same", j, i);

@@ -37,19 +37,11 @@ static void count_range(cite_counts *c, const attn_reading *r, const float *log_
     if (end > c->n_tokens) end = c->n_tokens;
     if (first >= end) return;
     const size_t n = (size_t)(end - first), g = (size_t)r->group;
-    const kv_type type = kv_shape_of(r->kv)->type;
-    const void **rows = arena_alloc(scratch, n, sizeof *rows, NULL);
     float *scores = arena_alloc(scratch, n * g, sizeof *scores, NULL);
-    attention_state unused = {.m = arena_alloc(scratch, g, sizeof(float), NULL),
-                              .l = arena_alloc(scratch, g, sizeof(float), NULL),
-                              .o = arena_alloc(scratch, g * (size_t)r->d, sizeof(float), NULL)};
-    if (!rows || !scores || !unused.m || !unused.l || !unused.o) {
+    if (!scores || !attn_reading_scores(r, c->kernels, first, end, scores, scratch)) {
         atomic_store(&c->failed, true);
         return;
     }
-    attention_clear(&unused, r->group, r->d);
-    for (size_t i = 0; i < n; i++) rows[i] = kv_row(r->kv, r->layer, r->head, first + (int64_t)i);
-    c->kernels->attention->rows(r->q, r->group, r->d, type, rows, (int64_t)n, scores, &unused);
     for (size_t h = 0; h < g; h++)
         for (size_t i = 0; i < n; i++) count(c, scores[h * n + i], log_mass[h], first + (int64_t)i);
 }

@@ -30,8 +30,12 @@ static quarry_code index_estimate(const quarry_model *model, const char *spec, c
 quarry_code session_memory_estimate(quarry_model *model, const quarry_session_params *params, session_memory *need, quarry_error *error)
 {
     const model_shape *s = model_shape_of(model);
-    attn_shape shape = model_attn_shape(model, params->kv_f32 ? KV_F32 : KV_F16);
-    int64_t n_ctx = params->n_ctx ? params->n_ctx : s->n_ctx_train, n_batch = params->n_batch ? params->n_batch : SESSION_DEFAULT_BATCH;
+    quarry_session_params checked = *params;
+    quarry_code code = session_check_params(model, &checked, error);
+    if (code != QUARRY_OK) return code;
+    params = &checked;
+    attn_shape shape = session_attn_shape(model, params);
+    int64_t n_ctx = params->n_ctx, n_batch = params->n_batch;
     need->n_ctx = n_ctx;
     need->scratch_bytes = (size_t)(n_batch * floats_per_token(s)) * sizeof(float);
     if (!kv_bytes_for(&shape.kv, n_ctx, n_batch, &need->kv_bytes))

@@ -31,9 +31,27 @@ static quarry_session *session_new(quarry_model *model, const quarry_session_par
     return NULL;
 }
 
-static quarry_code check_params(const quarry_model *model, quarry_session_params *params, quarry_error *error)
+/* What is local must be nearer than the distance of all else, which is half of what the model was trained for. */
+static quarry_code check_extend(int64_t trained, quarry_session_params *params, quarry_error *error)
 {
-    if (params->n_ctx == 0) params->n_ctx = model_shape_of(model)->n_ctx_train;
+    if (params->read_window == 0) params->read_window = trained >= 8 * EXTEND_WINDOW ? EXTEND_WINDOW : trained / 8;
+    if (params->read_window >= ATTN_WINDOW && params->read_window <= trained / 4) return QUARRY_OK;
+    return error_set(error, QUARRY_ERROR_ARGUMENT,
+                     "a window of %lld tokens does not extend a model that was trained for %lld: should be %d to %lld",
+                     (long long)params->read_window, (long long)trained, ATTN_WINDOW, (long long)trained / 4);
+}
+
+quarry_code session_check_params(const quarry_model *model, quarry_session_params *params, quarry_error *error)
+{
+    const int64_t trained = model_shape_of(model)->n_ctx_train;
+    if (params->n_ctx == 0) params->n_ctx = params->extend ? INT32_MAX : trained;
+    if (params->read_window < 0 || (params->read_window > 0 && params->read_window < ATTN_WINDOW) || params->read_window > INT32_MAX / 4)
+        return error_set(error, QUARRY_ERROR_ARGUMENT, "a window of %lld tokens is out of range (%d or more)",
+                         (long long)params->read_window, ATTN_WINDOW);
+    if (params->extend) {
+        const quarry_code code = check_extend(trained, params, error);
+        if (code != QUARRY_OK) return code;
+    }
     if (params->n_batch == 0) params->n_batch = SESSION_DEFAULT_BATCH;
     if (params->n_ctx < 0 || params->n_ctx > INT32_MAX)
         return error_set(error, QUARRY_ERROR_ARGUMENT, "context size %lld is out of range", (long long)params->n_ctx);
@@ -42,18 +60,26 @@ static quarry_code check_params(const quarry_model *model, quarry_session_params
     return QUARRY_OK;
 }
 
+attn_shape session_attn_shape(const quarry_model *model, const quarry_session_params *params)
+{
+    attn_shape shape = model_attn_shape(model, params->kv_f32 ? KV_F32 : KV_F16);
+    shape.read_window = params->read_window;
+    if (params->extend) attn_shape_extend(&shape, params->read_window, model_shape_of(model)->n_ctx_train / 2);
+    return shape;
+}
+
 quarry_session *session_open_policies(quarry_model *model, const quarry_session_params *params, const char *const *specs, int n_policies,
                                       quarry_error *error)
 {
     quarry_session_params p = params ? *params : (quarry_session_params){0};
-    if (check_params(model, &p, error) != QUARRY_OK) return NULL;
+    if (session_check_params(model, &p, error) != QUARRY_OK) return NULL;
     if (n_policies < 1 || n_policies > SESSION_MAX_POLICIES) {
         error_set(error, QUARRY_ERROR_ARGUMENT, "1 to %d retrieval policies at once, not %d", SESSION_MAX_POLICIES, n_policies);
         return NULL;
     }
     quarry_session *s = session_new(model, &p, error);
     if (!s) return NULL;
-    attn_shape shape = model_attn_shape(model, p.kv_f32 ? KV_F32 : KV_F16);
+    const attn_shape shape = session_attn_shape(model, &p);
     s->kv = kv_create(&shape.kv, error);
     for (int i = 0; s->kv && i < n_policies; i++) {
         s->policies[i] = attn_policy_create(specs[i], &shape, model_kernels(model), error);
@@ -131,7 +157,7 @@ void session_allow_beyond_training(quarry_session *s)
 int64_t session_room(const quarry_session *s)
 {
     int64_t limit = s->params.n_ctx, trained = model_shape_of(s->model)->n_ctx_train;
-    if (!s->beyond_training && limit > trained) limit = trained;
+    if (!s->beyond_training && !s->params.extend && limit > trained) limit = trained;
     return limit - s->tokens.n;
 }
 
@@ -139,11 +165,11 @@ quarry_code session_check_room(const quarry_session *s, int64_t n, quarry_error 
 {
     int64_t room = session_room(s), trained = model_shape_of(s->model)->n_ctx_train, needed = s->tokens.n + n;
     if (n <= room) return QUARRY_OK;
-    if (!s->beyond_training && needed > trained)
-        return error_set(
-            error, QUARRY_ERROR_CONTEXT,
-            "%lld tokens do not fit: the model was trained for a context of %lld; use a shorter document or a model with a longer context",
-            (long long)needed, (long long)trained);
+    if (!s->beyond_training && !s->params.extend && needed > trained)
+        return error_set(error, QUARRY_ERROR_CONTEXT,
+                         "%lld tokens do not fit: the model was trained for a context of %lld; use a shorter document, a model with a "
+                         "longer context, or --extend",
+                         (long long)needed, (long long)trained);
     return error_set(error, QUARRY_ERROR_CONTEXT,
                      "%lld tokens do not fit the context of %lld; enlarge it with -c (the model was trained for %lld)", (long long)needed,
                      (long long)s->params.n_ctx, (long long)trained);
@@ -167,7 +193,8 @@ void session_forget_from(quarry_session *s, int64_t n)
 {
     s->tokens.n = n;
     kv_truncate(s->kv, n);
-    for (int i = 0; i < s->n_policies; i++) s->policies[i]->type->truncate(s->policies[i], n > ATTN_WINDOW ? n - ATTN_WINDOW : 0);
+    const int64_t far_end = attn_far_end(&s->policies[0]->shape, n);
+    for (int i = 0; i < s->n_policies; i++) s->policies[i]->type->truncate(s->policies[i], far_end > 0 ? far_end : 0);
     s->has_logits = false;
 }
 
@@ -199,7 +226,8 @@ static quarry_code run_chunk(quarry_session *s, const int32_t *tokens, int64_t n
     arena *threads = forward_scratch_threads(s->scratch);
     model_lock(s->model);
     code = model_forward(s->model, s->scratch, rows, n, cost, cancelled, st, error);
-    if (code == QUARRY_OK) code = attn_index_advance(s->policies[0], s->kv, model_pool(s->model), threads, error);
+    if (code == QUARRY_OK)
+        code = (st->dense ? attn_index_trail : attn_index_advance)(s->policies[0], s->kv, model_pool(s->model), threads, error);
     model_unlock(s->model);
     for (int64_t i = 0; i < n; i++) attn_cost_add(&st->cost, &cost[i]);
 done:
@@ -265,10 +293,10 @@ quarry_code session_feed_generated(quarry_session *s, int32_t token, const quarr
     if (code != QUARRY_OK) return code;
     attn_cost_add(&s->sparse_cost, &st.cost);
     s->stats.n_generated++;
-    const kv_shape *k = kv_shape_of(s->kv);
-    const int64_t row = (int64_t)kv_row_bytes(k->type, k->head_dim);
+    const kv_shape k = model_attn_shape(s->model, kv_shape_of(s->kv)->type).kv; /* not what an extended session adds */
+    const int64_t row = (int64_t)kv_row_bytes(k.type, k.head_dim);
     s->kv_bytes_sum += (double)(attn_cost_bytes(&st.cost, row) + st.cost.window_rows * row);
-    s->kv_full_sum += kv_bytes_seen(k, s->tokens.n);
+    s->kv_full_sum += kv_bytes_seen(&k, s->tokens.n);
     s->n_steps++;
     return code;
 }

@@ -4,7 +4,11 @@
 
 #include "gen/gen.h"
 
-enum { SESSION_MAX_POLICIES = 32, SESSION_DEFAULT_BATCH = 512 };
+enum {
+    SESSION_MAX_POLICIES = 32,
+    SESSION_DEFAULT_BATCH = 512,
+    EXTEND_WINDOW = 2048 /* local tokens of an extended session, unless the model was trained for less than eight times as many */
+};
 
 struct quarry_session {
     quarry_model *model;
@@ -25,6 +29,10 @@ struct quarry_session {
     int64_t n_steps;
 };
 
+/* Fills in defaults. Error ARGUMENT. */
+quarry_code session_check_params(const quarry_model *model, quarry_session_params *params, quarry_error *error);
+/* Of a session with these parameters, checked. */
+attn_shape session_attn_shape(const quarry_model *model, const quarry_session_params *params);
 /* Feeds one generated token: quarry_session_feed, counted as generation. */
 quarry_code session_feed_generated(quarry_session *s, int32_t token, const quarry_watch *watch, quarry_error *error);
 /* Tokens that still fit. */

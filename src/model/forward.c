@@ -58,9 +58,11 @@ typedef struct pass {
     float *x;                  /* [n][n_embd] residual stream */
     float *normed;             /* [n][n_embd] */
     float *q;                  /* [n][n_head][head_dim] */
+    float *q_far;              /* the same as far tokens of extended sequences see it; else NULL */
     float *k, *v;              /* [n][n_head_kv][head_dim] */
     float *attended;           /* [n][n_head][head_dim] */
     float *gate, *up;          /* [n][n_ff] */
+    float *cs_far;             /* [n_rot] of the distance at which they do */
     float *cs[2];              /* [n][n_rot] cosine and sine of each pair: of layers that see everything, of local ones (or NULL) */
     bool precise;              /* no row reads a document: few rows, whose logits are the answer */
     void *quantized;           /* activations_bytes of the widest input */
@@ -86,6 +88,10 @@ static quarry_code pass_alloc(pass *p, quarry_error *error)
               alloc_floats(p, &p->v, p->kv_width, error) && alloc_floats(p, &p->attended, p->q_width, error) &&
               alloc_floats(p, &p->gate, s->n_ff, error) && alloc_floats(p, &p->up, s->n_ff, error) &&
               alloc_floats(p, &p->cs[0], s->n_rot, error) && (s->n_local == 0 || alloc_floats(p, &p->cs[1], s->n_rot, error));
+    if (ok && p->attn.extend.window) {
+        p->cs_far = arena_alloc(&p->s->step, (size_t)s->n_rot, sizeof *p->cs_far, error);
+        ok = p->cs_far && alloc_floats(p, &p->q_far, p->q_width, error);
+    }
     p->quantized = ok ? arena_alloc(&p->s->step, activations_bytes(p->n, widest, p->precise), 1, error) : NULL;
     p->attn_rows = ok ? arena_alloc(&p->s->step, (size_t)p->n, sizeof *p->attn_rows, error) : NULL;
     return p->quantized && p->attn_rows ? QUARRY_OK : QUARRY_ERROR_MEMORY;
@@ -120,6 +126,16 @@ static void for_rows(pass *p, rows_fn fn)
         rows_task(&job, 0, 0);
 }
 
+/* cs[n_rot] = cosine and sine of each pair at a position. */
+static void angles_fill(const model_shape *s, const double *inverse, int64_t pos, float *cs)
+{
+    for (int i = 0; i < s->n_rot / 2; i++) {
+        const double angle = (double)pos * inverse[i];
+        cs[2 * i] = (float)cos(angle);
+        cs[2 * i + 1] = (float)sin(angle);
+    }
+}
+
 static void embed_row(pass *p, int64_t row)
 {
     const forward_row *r = &p->rows[row];
@@ -129,14 +145,8 @@ static void embed_row(pass *p, int64_t row)
     weight_row(&m->embedding, r->token, x);
     if (m->arch->scale_embedding)
         for (int64_t i = 0; i < n_embd; i++) x[i] *= sqrtf((float)n_embd);
-    for (int kind = 0; kind < 2 && m->rope_inverse[kind]; kind++) {
-        float *cs = p->cs[kind] + row * m->shape.n_rot;
-        for (int i = 0; i < m->shape.n_rot / 2; i++) {
-            double angle = (double)r->pos * m->rope_inverse[kind][i];
-            cs[2 * i] = (float)cos(angle);
-            cs[2 * i + 1] = (float)sin(angle);
-        }
-    }
+    for (int kind = 0; kind < 2 && m->rope_inverse[kind]; kind++)
+        angles_fill(&m->shape, m->rope_inverse[kind], r->pos, p->cs[kind] + row * m->shape.n_rot);
 }
 
 static void norm_row(pass *p, int64_t row)
@@ -154,7 +164,7 @@ static void add_normed_row(pass *p, int64_t row)
     for (int64_t i = 0; i < s->n_embd; i++) x[i] += y[i];
 }
 
-/* Head norms, RoPE, and the new K|V rows of one token. */
+/* Head norms, RoPE, and the new K|V rows of one token: in an extended sequence without RoPE, and with it as a local row. */
 static void rotate_row(pass *p, int64_t row)
 {
     const model_shape *s = &p->m->shape;
@@ -162,17 +172,28 @@ static void rotate_row(pass *p, int64_t row)
     const model_layer *l = p->layer;
     const forward_row *r = &p->rows[row];
     const float *cs = p->cs[l->local] + row * s->n_rot;
+    const bool extended = !l->local && p->q_far;
     int d = s->head_dim;
     for (int h = 0; h < s->n_head; h++) {
         float *q = p->q + row * p->q_width + (int64_t)h * d;
         if (l->q_norm) vector->rms_norm(q, l->q_norm, s->rms_eps, d, q);
+        if (extended) {
+            float *far = p->q_far + row * p->q_width + (int64_t)h * d;
+            memcpy(far, q, (size_t)d * sizeof *q);
+            vector->rope(far, p->cs_far, s->n_rot, p->m->arch->rope_halves);
+        }
         vector->rope(q, cs, s->n_rot, p->m->arch->rope_halves);
     }
     for (int h = 0; h < s->n_head_kv; h++) {
-        float *k = p->k + row * p->kv_width + (int64_t)h * d;
+        float *k = p->k + row * p->kv_width + (int64_t)h * d, *v = p->v + row * p->kv_width + (int64_t)h * d;
+        int layer = l->kv_layer;
         if (l->k_norm) vector->rms_norm(k, l->k_norm, s->rms_eps, d, k);
+        if (extended) {
+            kv_write(p->m->kernels, kv_row(r->kv, layer, h, r->pos), &p->attn.kv, k, v);
+            layer += p->attn.extend.near_layer;
+        }
         vector->rope(k, cs, s->n_rot, p->m->arch->rope_halves);
-        kv_write(p->m->kernels, kv_row(r->kv, l->kv_layer, h, r->pos), &p->attn.kv, k, p->v + row * p->kv_width + (int64_t)h * d);
+        kv_write(p->m->kernels, kv_row(r->kv, layer, h, r->pos), &p->attn.kv, k, v);
     }
 }
 
@@ -307,13 +328,15 @@ quarry_code model_forward(quarry_model *m, forward_scratch *s, const forward_row
     for (int64_t i = 0; i < n; i++) p.precise &= !rows[i].dense;
     p.q_width = (int64_t)m->shape.n_head * m->shape.head_dim;
     p.kv_width = (int64_t)m->shape.n_head_kv * m->shape.head_dim;
-    p.attn = model_attn_shape(m, kv_shape_of(rows[0].kv)->type);
+    p.attn = rows[0].policy ? rows[0].policy->shape : model_attn_shape(m, kv_shape_of(rows[0].kv)->type);
     if ((code = pass_alloc(&p, error)) != QUARRY_OK) return code;
     for (int64_t i = 0; i < n; i++) {
         if (i + 1 == n || rows[i + 1].kv != rows[i].kv)
             if ((code = kv_reserve(rows[i].kv, rows[i].pos + 1, error)) != QUARRY_OK) return code;
-        p.attn_rows[i] = (attn_row){rows[i].kv, rows[i].policy, rows[i].pos, rows[i].dense, rows[i].observer};
+        p.attn_rows[i] =
+            (attn_row){rows[i].kv, rows[i].policy, rows[i].pos, rows[i].dense, rows[i].observer, p.q_far ? p.q_far + i * p.q_width : NULL};
     }
+    if (p.q_far) angles_fill(&m->shape, m->rope_inverse[0], p.attn.extend.distance, p.cs_far);
     for_rows(&p, embed_row);
     for (int i = 0; i < m->shape.n_layer; i++) {
         if (cancel && cancel(data)) return error_set(error, QUARRY_ERROR_CANCELLED, "cancelled");

@@ -30,7 +30,7 @@ attn_shape model_attn_shape(const quarry_model *m, kv_type type);
 /* One token of one timeline. Rows of one kv come in order of position, starting at its length. */
 typedef struct forward_row {
     kv_seq *kv;
-    attn_policy *policy; /* NULL: dense */
+    attn_policy *policy; /* NULL: dense. Those of one pass have one shape */
     int64_t pos;
     int32_t token;
     bool dense;                    /* read all of the cache (a document), though policy observes */
