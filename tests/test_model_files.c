@@ -3,6 +3,7 @@
 #include "test.h"
 
 #include <math.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "model/model.h"
@@ -117,6 +118,66 @@ static void expect_refusal(image *m, quarry_code code, const char *said)
         if (e.code != code || !strstr(e.message, said)) fail_msg("code %d, '%s'; expected %d, '%s'", e.code, e.message, code, said);
     }
     memory_free(m->bytes);
+}
+
+typedef struct memory_of_one {
+    bool knows;
+    quarry_file_identity file;
+    uint64_t fingerprint;
+    int n_remembered;
+} memory_of_one;
+
+static bool recall(const quarry_file_identity *file, uint64_t *fingerprint, void *data)
+{
+    memory_of_one *memory = data;
+    memory->file = *file;
+    if (memory->knows) *fingerprint = memory->fingerprint;
+    return memory->knows;
+}
+
+static void remember(const quarry_file_identity *file, uint64_t fingerprint, void *data)
+{
+    memory_of_one *memory = data;
+    assert_memory_equal(file, &memory->file, sizeof *file);
+    memory->fingerprint = fingerprint;
+    memory->n_remembered++;
+}
+
+static uint64_t fingerprint_with(const char *path, bool no_mmap, const quarry_fingerprints *fingerprints)
+{
+    quarry_error e = {0};
+    const quarry_model_params params = {.n_threads = 1, .no_mmap = no_mmap, .fingerprints = fingerprints};
+    quarry_model *model = quarry_model_open(path, &params, &e);
+    if (!model) fail_msg("%s", e.message);
+    const uint64_t fingerprint = model_attn_shape(model, KV_F16).fingerprint;
+    quarry_model_close(model);
+    return fingerprint;
+}
+
+static void a_fingerprint_is_given_to_be_remembered_and_taken_when_known(void **state)
+{
+    (void)state;
+    char path[1024];
+    struct stat st;
+    snprintf(path, sizeof path, "%s/llama-f32.gguf", getenv("QUARRY_TINY_MODELS"));
+    assert_int_equal(stat(path, &st), 0);
+    for (int no_mmap = 0; no_mmap < 2; no_mmap++) {
+        memory_of_one memory = {0};
+        const quarry_fingerprints known = {recall, remember, &memory};
+        const uint64_t made = fingerprint_with(path, no_mmap, NULL);
+        assert_true(fingerprint_with(path, no_mmap, &known) == made);
+        assert_int_equal(memory.n_remembered, 1);
+        assert_true(memory.fingerprint == made);
+        assert_true(memory.file.device == st.st_dev && memory.file.inode == st.st_ino);
+        assert_int_equal(memory.file.n_bytes, st.st_size);
+        assert_int_equal(memory.file.modified, st.st_mtim.tv_sec * 1000000000 + st.st_mtim.tv_nsec);
+        assert_int_equal(memory.file.changed, st.st_ctim.tv_sec * 1000000000 + st.st_ctim.tv_nsec);
+        assert_int_not_equal(memory.file.method, 0);
+        memory.knows = true;
+        memory.fingerprint = ~made; /* to see that it is not made again */
+        assert_true(fingerprint_with(path, no_mmap, &known) == ~made);
+        assert_int_equal(memory.n_remembered, 1);
+    }
 }
 
 static void an_unknown_architecture_is_named(void **state)
@@ -240,10 +301,15 @@ static void what_the_pass_does_not_do_is_refused(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(an_unknown_architecture_is_named),       cmocka_unit_test(a_missing_tensor_is_named),
-        cmocka_unit_test(a_tensor_that_nothing_reads_is_refused), cmocka_unit_test(shapes_that_contradict_the_metadata_are_refused),
-        cmocka_unit_test(dimensions_out_of_range_are_refused),    cmocka_unit_test(numbers_without_sense_are_refused),
-        cmocka_unit_test(what_the_pass_does_not_do_is_refused),   cmocka_unit_test(windows_without_sense_are_refused),
+        cmocka_unit_test(a_fingerprint_is_given_to_be_remembered_and_taken_when_known),
+        cmocka_unit_test(an_unknown_architecture_is_named),
+        cmocka_unit_test(a_missing_tensor_is_named),
+        cmocka_unit_test(a_tensor_that_nothing_reads_is_refused),
+        cmocka_unit_test(shapes_that_contradict_the_metadata_are_refused),
+        cmocka_unit_test(dimensions_out_of_range_are_refused),
+        cmocka_unit_test(numbers_without_sense_are_refused),
+        cmocka_unit_test(what_the_pass_does_not_do_is_refused),
+        cmocka_unit_test(windows_without_sense_are_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -83,12 +83,29 @@ typedef struct quarry_watch {
 
 typedef struct quarry_model quarry_model;
 
+/* A file as the system knows it: as long as all of this stays the same, so do its bytes. */
+typedef struct quarry_file_identity {
+    uint64_t device, inode, n_bytes;
+    int64_t modified, changed; /* nanoseconds since 1970 */
+    int method;                /* how fingerprints are made; one made otherwise is another */
+} quarry_file_identity;
+
+/* What remembers the fingerprints of model files, a hash of their tensors and tokenizers, from one opening to the next: making one takes longer than anything
+ * else at opening but the weights themselves. A change within the grain of the system's clock leaves a file's times as they were: do not
+ * remember what changed within the last seconds. */
+typedef struct quarry_fingerprints {
+    bool (*recall)(const quarry_file_identity *file, uint64_t *fingerprint, void *data); /* false: not known */
+    void (*remember)(const quarry_file_identity *file, uint64_t fingerprint, void *data);
+    void *data;
+} quarry_fingerprints;
+
 typedef struct quarry_model_params {
     int n_threads;             /* 0: one per available core */
     bool no_mmap;              /* read the file instead of mapping it */
     const char *chat_template; /* NULL: recognise the model's own; otherwise the name of a family, e.g. "chatml" */
     quarry_log_fn log;         /* NULL: silent */
     void *log_data;
+    const quarry_fingerprints *fingerprints; /* used while opening only; NULL: the fingerprint is made anew */
 } quarry_model_params;
 
 /* Opens a GGUF file. params may be NULL. Errors: IO, FORMAT, UNSUPPORTED (architecture, block type, tokenizer), MEMORY. */

@@ -219,6 +219,19 @@ void file_map_release(const file_map *map, uint64_t offset, size_t n)
     if (begin < end) madvise((void *)begin, end - begin, MADV_DONTNEED); /* advice: a refusal costs memory only */
 }
 
+bool file_map_identity(const file_map *map, quarry_file_identity *identity)
+{
+    struct stat st;
+    *identity = (quarry_file_identity){0};
+    if (fstat(map->fd, &st) != 0) return false;
+    identity->device = st.st_dev;
+    identity->inode = st.st_ino;
+    identity->n_bytes = (uint64_t)st.st_size;
+    identity->modified = (int64_t)st.st_mtim.tv_sec * 1000000000 + st.st_mtim.tv_nsec;
+    identity->changed = (int64_t)st.st_ctim.tv_sec * 1000000000 + st.st_ctim.tv_nsec;
+    return true;
+}
+
 void file_map_hold(const file_map *map)
 {
     flock(map->fd, LOCK_SH | LOCK_NB); /* refused only while somebody tests or removes the file, which the open map outlives */

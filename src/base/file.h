@@ -26,6 +26,8 @@ quarry_code file_map_read(const file_map *map, uint64_t offset, size_t n, void *
 /* Gives the pages of [offset, offset + n) back to the system; they come back from the file when touched. */
 void file_map_release(const file_map *map, uint64_t offset, size_t n);
 
+/* The file as the system knows it now; method is left 0. False if it does not say. */
+bool file_map_identity(const file_map *map, quarry_file_identity *identity);
 /* Tells other processes, by a shared lock (flock) that ends with the map, that the file is in use. Advice: nothing of the map depends on it. */
 void file_map_hold(const file_map *map);
 /* True if somebody, this process included, holds the file at path (file_map_hold) or is still writing it. */

@@ -50,6 +50,11 @@ void gguf_close(gguf_file *g)
     memory_free(g);
 }
 
+bool gguf_identity(const gguf_file *g, quarry_file_identity *identity)
+{
+    return g->map && file_map_identity(g->map, identity);
+}
+
 const char *gguf_path(const gguf_file *g)
 {
     return g->path;

@@ -22,6 +22,7 @@ gguf_file *gguf_open(const char *path, bool use_mmap, quarry_error *error);
 gguf_file *gguf_open_memory(const void *bytes, size_t n_bytes, const char *name, quarry_error *error);
 void gguf_close(gguf_file *g);
 
+bool gguf_identity(const gguf_file *g, quarry_file_identity *identity); /* as file_map_identity; false in memory */
 const char *gguf_path(const gguf_file *g);
 int64_t gguf_n_tensors(const gguf_file *g);
 const gguf_tensor *gguf_tensor_at(const gguf_file *g, int64_t i);

@@ -142,6 +142,8 @@ static quarry_code find_chat(quarry_model *m, const char *family, quarry_error *
     return QUARRY_OK;
 }
 
+enum { FINGERPRINT_METHOD = 1 }; /* to be counted up when take_fingerprint changes */
+
 /* Of the tensors' names, shapes and data, and of the texts of all tokens (XXH3, 64 bits). */
 static quarry_code take_fingerprint(quarry_model *m, quarry_error *error)
 {
@@ -170,6 +172,22 @@ static quarry_code take_fingerprint(quarry_model *m, quarry_error *error)
     return code;
 }
 
+/* Remembered, or taken and given to be remembered if the file stayed as it was meanwhile. */
+static quarry_code find_fingerprint(quarry_model *m, const quarry_fingerprints *known, quarry_error *error)
+{
+    quarry_file_identity before, after;
+    const bool has_identity = known && gguf_identity(m->file, &before);
+    if (has_identity) {
+        before.method = FINGERPRINT_METHOD;
+        if (known->recall(&before, &m->fingerprint, known->data)) return QUARRY_OK;
+    }
+    const quarry_code code = take_fingerprint(m, error);
+    if (code != QUARRY_OK || !has_identity || !gguf_identity(m->file, &after)) return code;
+    if (after.n_bytes == before.n_bytes && after.modified == before.modified && after.changed == before.changed)
+        known->remember(&before, m->fingerprint, known->data);
+    return QUARRY_OK;
+}
+
 static quarry_code open_parts(quarry_model *m, const char *path, const quarry_model_params *params, quarry_error *error)
 {
     quarry_code code;
@@ -185,7 +203,7 @@ static quarry_code open_parts(quarry_model *m, const char *path, const quarry_mo
     if ((code = read_shape(m, error)) != QUARRY_OK) return code;
     if ((code = copy_string(m->file, "general.name", &m->name, error)) != QUARRY_OK) return code;
     if ((code = find_chat(m, params->chat_template, error)) != QUARRY_OK) return code;
-    if ((code = take_fingerprint(m, error)) != QUARRY_OK) return code;
+    if ((code = find_fingerprint(m, params->fingerprints, error)) != QUARRY_OK) return code;
     return model_load_weights(m, error);
 }
 

@@ -174,7 +174,17 @@ static const char schema[] =
     " model TEXT NOT NULL,"
     " created INTEGER NOT NULL"
     ") STRICT;"
-    "CREATE TABLE removed(key BLOB NOT NULL PRIMARY KEY CHECK (length(key) = 16)) STRICT, WITHOUT ROWID;"; /* no row any more, the file is to go */
+    "CREATE TABLE removed(key BLOB NOT NULL PRIMARY KEY CHECK (length(key) = 16)) STRICT, WITHOUT ROWID;" /* no row any more, the file is to go */
+    "CREATE TABLE model_file("
+    " device INTEGER NOT NULL,"
+    " inode INTEGER NOT NULL,"
+    " n_bytes INTEGER NOT NULL,"
+    " modified INTEGER NOT NULL," /* nanoseconds since 1970 */
+    " changed INTEGER NOT NULL,"
+    " method INTEGER NOT NULL,"
+    " fingerprint INTEGER NOT NULL,"
+    " PRIMARY KEY (device, inode)"
+    ") STRICT, WITHOUT ROWID;";
 
 static void close_database(catalogue *c)
 {
@@ -193,37 +203,43 @@ static quarry_code use_wal(catalogue *c, quarry_error *error)
     }
 }
 
-/* Of an open database: ours, of this version, and made if it is empty. */
+static quarry_code make_schema(catalogue *c, quarry_error *error)
+{
+    char numbers[96];
+    snprintf(numbers, sizeof numbers, "PRAGMA application_id = %d; PRAGMA user_version = %d", APPLICATION, SCHEMA);
+    c->fresh = true;
+    const quarry_code code = db_exec(c, schema, error);
+    return code == QUARRY_OK ? db_exec(c, numbers, error) : code;
+}
+
+/* Of an open database: ours, of this version, sound, and made if it is empty. */
 static quarry_code check_schema(catalogue *c, quarry_error *error)
 {
-    int64_t application, version, n_tables;
-    quarry_code code = db_number(c, 0, &application, error, "PRAGMA application_id", "");
-    if (code == QUARRY_OK) code = db_number(c, 0, &version, error, "PRAGMA user_version", "");
-    if (code == QUARRY_OK) code = db_number(c, 0, &n_tables, error, "SELECT count(*) FROM sqlite_schema", "");
+    static const char *const questions[] = {
+        "PRAGMA application_id",
+        "PRAGMA user_version",
+        "SELECT count(*) FROM sqlite_schema",
+        "SELECT count(*) FROM sqlite_schema WHERE name IN ('piece', 'context', 'removed', 'model_file')",
+        "SELECT count(*) FROM pragma_integrity_check WHERE integrity_check <> 'ok'",
+        "SELECT count(*) FROM pragma_foreign_key_check",
+    };
+    int64_t answers[6] = {0};
+    quarry_code code = QUARRY_OK;
+    for (int i = 0; i < 6 && code == QUARRY_OK; i++) code = db_number(c, 0, &answers[i], error, questions[i], "");
     if (code != QUARRY_OK) return code;
-    if (application != APPLICATION && (application != 0 || version != 0 || n_tables != 0))
+    const int64_t version = answers[1];
+    const bool empty = answers[2] == 0 && version == 0, whole = answers[3] == 4;
+    if (empty) return make_schema(c, error);
+    if (answers[0] != APPLICATION && !whole)
         return error_set(error, QUARRY_ERROR_FORMAT, "%s: is a database, but no catalogue of contexts; name another folder (QUARRY_STORE)",
                          c->path);
-    if (version > SCHEMA)
+    if (answers[0] == APPLICATION && version > SCHEMA)
         return error_set(
             error, QUARRY_ERROR_UNSUPPORTED,
             "%s: was made by a newer quarry (version %lld, this one knows %d); use that, or name another folder (QUARRY_STORE)", c->path,
             (long long)version, SCHEMA);
-    if (n_tables == 0) {
-        char numbers[96];
-        snprintf(numbers, sizeof numbers, "PRAGMA application_id = %d; PRAGMA user_version = %d", APPLICATION, SCHEMA);
-        c->fresh = true;
-        code = db_exec(c, schema, error);
-        return code == QUARRY_OK ? db_exec(c, numbers, error) : code;
-    }
-    int64_t n_ok = 0, n_faults = 0, n_ours = 0;
-    code = db_number(c, 0, &n_ours, error, "SELECT count(*) FROM sqlite_schema WHERE name IN ('piece', 'context', 'removed')", "");
-    if (code == QUARRY_OK)
-        code = db_number(c, 0, &n_ok, error, "SELECT count(*) FROM pragma_integrity_check WHERE integrity_check = 'ok'", "");
-    if (code == QUARRY_OK) code = db_number(c, 0, &n_faults, error, "SELECT count(*) FROM pragma_foreign_key_check", "");
-    if (code != QUARRY_OK || (n_ours == 3 && n_ok == 1 && n_faults == 0)) return code;
-    c->damaged = true;
-    return error_set(error, QUARRY_ERROR_FORMAT, "%s: is damaged", c->path);
+    if (answers[0] != APPLICATION || version != SCHEMA || !whole) return db_damaged(c, "its tables are not those of a catalogue", error);
+    return answers[4] || answers[5] ? db_damaged(c, "it contradicts itself", error) : QUARRY_OK;
 }
 
 static quarry_code open_database(catalogue *c, quarry_error *error)

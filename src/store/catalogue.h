@@ -128,6 +128,12 @@ quarry_code catalogue_discard(catalogue *c, const store_key *key, catalogue_remo
  * (file_map_hold). *fits (may be NULL): whether they do now. */
 quarry_code catalogue_make_room(catalogue *c, int64_t coming, int64_t bound, bool *fits, catalogue_removed *removed, quarry_error *error);
 
+/* ---- fingerprints of models ---- */
+
+/* The catalogue as what remembers them (quarry_model_params), while it is open. Failures are told to the log and otherwise mean that it does not know; nothing is remembered of
+ * a file that changed in the last 2 s. */
+quarry_fingerprints catalogue_fingerprints(catalogue *c);
+
 /* ---- verifying ---- */
 
 /* Called for each disagreement between rows and files with one line that names the file. */

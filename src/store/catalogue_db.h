@@ -32,6 +32,7 @@ quarry_code catalogue_unknown(const catalogue *c, const store_key *key, quarry_e
 
 /* The last failure of SQLite as an error for the user. */
 quarry_code db_fail(catalogue *c, quarry_error *error);
+quarry_code db_damaged(catalogue *c, const char *how, quarry_error *error); /* error FORMAT, and marks it as such */
 quarry_code db_exec(catalogue *c, const char *sql, quarry_error *error);
 /* A statement with ?1, ?2, … bound by types: k key, p key that may be none (NULL), i int64_t, t text. NULL on failure. */
 sqlite3_stmt *db_query(catalogue *c, quarry_error *error, const char *sql, const char *types, ...);

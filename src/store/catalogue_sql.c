@@ -1,7 +1,20 @@
 #include <stdarg.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "store/catalogue_db.h"
+
+quarry_code db_damaged(catalogue *c, const char *how, quarry_error *error)
+{
+    c->damaged = true;
+    return error_set(error, QUARRY_ERROR_FORMAT, "%s: is damaged (%s); opening the store again repairs it", c->path, how);
+}
+
+static quarry_code unwritable(const char *path, const char *why, quarry_error *error)
+{
+    return error_set(error, QUARRY_ERROR_IO, "%s: cannot be opened for writing (%s); name a folder that you may write to (QUARRY_STORE)",
+                     path, why);
+}
 
 quarry_code db_fail(catalogue *c, quarry_error *error)
 {
@@ -13,16 +26,15 @@ quarry_code db_fail(catalogue *c, quarry_error *error)
     case SQLITE_LOCKED:
         return error_set(error, QUARRY_ERROR_IO, "%s: another process is changing it and does not end; try again later", path);
     case SQLITE_FULL: return error_set(error, QUARRY_ERROR_IO, "%s: the disk is full; free some space there and try again", path);
-    case SQLITE_CORRUPT:
-    case SQLITE_NOTADB:
-        c->damaged = true;
-        return error_set(error, QUARRY_ERROR_FORMAT, "%s: is damaged (%s); opening the store again repairs it", path, message);
     case SQLITE_READONLY:
+        if (sqlite3_extended_errcode(c->db) == SQLITE_READONLY && access(path, W_OK) == 0) return db_damaged(c, message, error);
+        return unwritable(path, message, error);
     case SQLITE_PERM:
     case SQLITE_AUTH:
-    case SQLITE_CANTOPEN:
-        return error_set(error, QUARRY_ERROR_IO, "%s: cannot be opened for writing (%s); name a folder that you may write to", path,
-                         message);
+    case SQLITE_CANTOPEN: return unwritable(path, message, error);
+    case SQLITE_CORRUPT:
+    case SQLITE_NOTADB:
+    case SQLITE_ERROR: return db_damaged(c, message, error); /* the last: our statements are right, so what they speak of is not there */
     case SQLITE_IOERR:
         return error_set(error, QUARRY_ERROR_IO, "%s: cannot be read or written: %s", path, failure ? strerror(failure) : message);
     default: return error_set(error, QUARRY_ERROR_IO, "%s: %s", path, message);
@@ -124,18 +136,12 @@ quarry_code db_end(catalogue *c, quarry_code code, quarry_error *error)
     return code;
 }
 
-/* What the database's CHECKs rule out was written past them. */
-static quarry_code odd_row(catalogue *c, quarry_error *error)
-{
-    return error_set(error, QUARRY_ERROR_FORMAT, "%s: is damaged (a row makes no sense); opening the store again repairs it", c->path);
-}
-
 quarry_code db_key(catalogue *c, sqlite3_stmt *statement, int column, store_key *key, quarry_error *error)
 {
     *key = (store_key){0};
     if (sqlite3_column_type(statement, column) == SQLITE_NULL) return QUARRY_OK;
     const void *bytes = sqlite3_column_blob(statement, column);
-    if (!bytes || sqlite3_column_bytes(statement, column) != (int)sizeof key->bytes) return odd_row(c, error);
+    if (!bytes || sqlite3_column_bytes(statement, column) != (int)sizeof key->bytes) return db_damaged(c, "a row makes no sense", error);
     memcpy(key->bytes, bytes, sizeof key->bytes);
     return QUARRY_OK;
 }
@@ -156,7 +162,7 @@ quarry_code db_piece(catalogue *c, sqlite3_stmt *statement, catalogue_piece *pie
     piece->last_used = sqlite3_column_int64(statement, 9);
     if (!params || strlen(params) >= sizeof piece->params || piece->first < 0 || piece->n_tokens <= 0 ||
         piece->first > INT64_MAX - piece->n_tokens || piece->n_bytes < 0)
-        return odd_row(c, error);
+        return db_damaged(c, "a row makes no sense", error);
     strcpy(piece->params, params);
     return QUARRY_OK;
 }
