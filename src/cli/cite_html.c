@@ -1,11 +1,7 @@
 /* The report of `quarry ask --cite-html`: one file, no script, nothing fetched. */
-#include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "cli/cite.h"
 
@@ -144,23 +140,18 @@ static void put_page(FILE *out, const cite_request *r, const cite_result *result
 
 int cite_write_html(const cite_request *request, const cite_result *result, const char *answer, size_t n_answer)
 {
-    const char *path = request->html;
-    const size_t n = strlen(path) + sizeof ".XXXXXX";
-    char *temporary = memory_alloc(n, 1, "file name", NULL);
-    if (!temporary) return cli_fail("out of memory");
-    snprintf(temporary, n, "%s.XXXXXX", path);
-    const int descriptor = mkstemp(temporary);
-    FILE *out = descriptor < 0 ? NULL : fdopen(descriptor, "w");
-    bool written = out != NULL;
-    if (out) {
-        const mode_t mask = umask(0);
-        umask(mask);
-        put_page(out, request, result, answer, n_answer);
-        written = !ferror(out) && !fchmod(descriptor, 0666 & ~mask);
-        written = !fclose(out) && written && !rename(temporary, path);
-    }
-    const int code = written ? CLI_OK : cli_fail("%s: cannot be written: %s", path, strerror(errno));
-    if (!written && descriptor >= 0) unlink(temporary);
-    memory_free(temporary);
+    char *page = NULL;
+    size_t n_bytes = 0;
+    quarry_error error = {0};
+    FILE *out = open_memstream(&page, &n_bytes);
+    if (!out) return cli_fail("out of memory");
+    put_page(out, request, result, answer, n_answer);
+    const bool failed = ferror(out);
+    int code = CLI_OK;
+    if (fclose(out) != 0 || failed)
+        code = cli_fail("out of memory");
+    else if (file_write_all(request->html, page, n_bytes, &error) != QUARRY_OK)
+        code = cli_fail_error(&error);
+    free(page);
     return code;
 }

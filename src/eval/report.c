@@ -1,9 +1,6 @@
 /* The outputs of evaluations, as one page of HTML that fetches nothing. */
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "eval/report.h"
 
@@ -53,35 +50,17 @@ quarry_code report_render(FILE *out, const char *const *names, json_t *const *en
     return code;
 }
 
-/* Writes to a temporary name beside path, then renames: whoever reads path sees a whole report, the old or the new. */
 static quarry_code report_save(const char *path, const char *const *names, json_t *const *envelopes, int n, quarry_error *error)
 {
-    const size_t n_path = strlen(path);
-    quarry_code code = QUARRY_OK;
-    FILE *out = NULL;
-    int fd = -1;
-    char *temporary = memory_alloc(n_path + 8, 1, "path", error);
-    if (!temporary) return QUARRY_ERROR_MEMORY;
-    memcpy(temporary, path, n_path);
-    memcpy(temporary + n_path, ".XXXXXX", 8);
-    if ((fd = mkstemp(temporary)) < 0 || !(out = fdopen(fd, "w"))) {
-        code = error_set(error, QUARRY_ERROR_IO, "%s: %s", path, strerror(errno));
-        goto done;
-    }
-    const mode_t mask = umask(0);
-    umask(mask);
-    fchmod(fd, 0666 & ~mask);
-    code = report_render(out, names, envelopes, n, error);
-    const bool written = !ferror(out) && fflush(out) == 0;
-    if (code == QUARRY_OK && (!written || rename(temporary, path)))
-        code = error_set(error, QUARRY_ERROR_IO, "%s: %s", path, strerror(errno));
-done:
-    if (out)
-        fclose(out);
-    else if (fd >= 0)
-        close(fd);
-    if (code != QUARRY_OK && fd >= 0) unlink(temporary);
-    memory_free(temporary);
+    char *page = NULL;
+    size_t n_bytes = 0;
+    FILE *out = open_memstream(&page, &n_bytes);
+    if (!out) return error_memory(error, path, 0);
+    quarry_code code = report_render(out, names, envelopes, n, error);
+    const bool failed = ferror(out);
+    if ((fclose(out) != 0 || failed) && code == QUARRY_OK) code = error_memory(error, path, n_bytes);
+    if (code == QUARRY_OK) code = file_write_all(path, page, n_bytes, error);
+    free(page);
     return code;
 }
 
