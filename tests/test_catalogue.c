@@ -387,8 +387,9 @@ static void the_first_of_two_writers_of_a_piece_wins(void **state)
 {
     (void)state;
     catalogue *c = opened(), *d = opened();
-    const catalogue_piece first = added(c, NULL, 100, 0, 10, "first"), second = added(d, NULL, 100, 0, 10, "second");
+    const catalogue_piece first = added(c, NULL, 100, 0, 10, "first"), second = added(d, NULL, 100, 0, 99, "second");
     assert_true(store_key_same(&first.key, &second.key));
+    assert_int_equal(second.n_bytes, first.n_bytes); /* of the file that is there */
     assert_int_equal(totals_of(c).n_pieces, 1);
     assert_int_equal(totals_of(c).n_contexts, 1);
     assert_true(context_of(c, "second") > 0);
@@ -1111,11 +1112,14 @@ static int work_until_killed(int round, int notes, file_call call, int64_t kill_
     return 1;
 }
 
-/* Kills the child at its kill_at-th call of the file layer, or, with n_notes, when it has said so much: anywhere in what comes next. */
-static void kill_one(int round, file_call call, int64_t kill_at, int n_notes)
+/* Kills the child at its kill_at-th call of the file layer, or, with n_notes, when it has said so much: anywhere in what comes next. A bystander works on the same
+ * store meanwhile and must not notice. */
+static void kill_one(int round, file_call call, int64_t kill_at, int n_notes, bool with_bystander)
 {
     static note notes[64];
     int ends[2], n = 0, status;
+    const pid_t bystander = with_bystander ? fork() : -1;
+    if (bystander == 0) _exit(work(1));
     assert_int_equal(pipe(ends), 0);
     const pid_t child = fork();
     if (child == 0) {
@@ -1129,6 +1133,10 @@ static void kill_one(int round, file_call call, int64_t kill_at, int n_notes)
     close(ends[0]);
     assert_int_equal(waitpid(child, &status, 0), child);
     assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+    if (with_bystander) {
+        assert_int_equal(waitpid(bystander, &status, 0), bystander);
+        assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    }
     catalogue *c = opened();
     assert_sound(c);
     for (int i = 0; i < n; i++) {
@@ -1144,13 +1152,13 @@ static void a_process_killed_in_any_call_loses_nothing_that_was_committed(void *
     (void)state;
     static const file_call calls[] = {FILE_CALL_OPEN, FILE_CALL_WRITE, FILE_CALL_SYNC, FILE_CALL_RENAME};
     for (size_t i = 0; i < TEST_COUNT(calls); i++)
-        for (int at = 0; at < 8; at++) kill_one((int)i * 8 + at, calls[i], at, 0);
+        for (int at = 0; at < 8; at++) kill_one((int)i * 8 + at, calls[i], at, 0, at == 5);
 }
 
 static void a_process_killed_at_any_time_loses_nothing_that_was_committed(void **state)
 {
     (void)state;
-    for (int round = 0; round < 24; round++) kill_one(round, FILE_CALL_OPEN, -1, 1 + round % 7);
+    for (int round = 0; round < 24; round++) kill_one(round, FILE_CALL_OPEN, -1, 1 + round % 7, round % 6 == 3);
 }
 
 #define IN_FOLDER(test) cmocka_unit_test_setup_teardown(test, make_folder, remove_folder)

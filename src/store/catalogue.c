@@ -361,7 +361,9 @@ static quarry_code enter(catalogue *c, catalogue_piece *p, file_writer *file, qu
     quarry_code code = catalogue_now(c, &now, error);
     if (code == QUARRY_OK) code = db_number(c, 0, &n_same, error, "SELECT count(*) FROM piece WHERE key = ?1", "k", &p->key);
     if (code != QUARRY_OK) return code;
-    const bool there = n_same && access(piece_path(c, &p->key), F_OK) == 0;
+    struct stat st;
+    const bool there = n_same && stat(piece_path(c, &p->key), &st) == 0;
+    if (there) p->n_bytes = st.st_size; /* it stays; the names of documents in it may be others */
     p->created = p->last_used = now;
     code = db_change(c, error,
                      "INSERT INTO piece(" DB_PIECE ") VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10) ON CONFLICT(key) DO UPDATE SET"

@@ -79,7 +79,8 @@ typedef struct catalogue_chain {
 } catalogue_chain;           /* free with catalogue_chain_free */
 void catalogue_chain_free(catalogue_chain *chain);
 
-/* The longest chain of pieces of this model and these params whose tokens (by digest) begin tokens[n]; n = 0 in *chain if there is none. */
+/* The longest chain of pieces of this model and these params whose tokens (by digest) begin tokens[n]; n = 0 in *chain if there is none. Another process may remove them at any
+ * time: open their files and hold them (file_map_hold); one that cannot be opened counts as not found, one that is damaged is to be discarded. */
 quarry_code catalogue_find(catalogue *c, uint64_t fingerprint, const char *params, const int32_t *tokens, int64_t n, catalogue_chain *chain,
                            quarry_error *error);
 /* The pieces that end in this one. Error ARGUMENT if the store does not have it, FORMAT if the chain is broken. */
