@@ -97,8 +97,11 @@ quarry_code haystack_draw(const haystack_source *s, int text_index, needle *need
     for (int64_t i = 0; i < before->n && i < n_tokens; i++) tokens[i] = before->ids[i];
     if (before->n >= n_tokens || !haystack_build(text->tokens, starts, text->n_tokens, first, needles, sentences, n_needles,
                                                  tokens + before->n, n_tokens - before->n))
-        code = error_set(error, QUARRY_ERROR_ARGUMENT, "%s: %lld tokens are not enough for %d needles in %lld", text->name,
-                         (long long)text->n_tokens, n_needles, (long long)n_tokens);
+        code = text->n_tokens < n_tokens
+                   ? error_set(error, QUARRY_ERROR_ARGUMENT, "%s: has %lld tokens, but a haystack takes %lld", text->name,
+                               (long long)text->n_tokens, (long long)n_tokens)
+                   : error_set(error, QUARRY_ERROR_ARGUMENT, "%s: a haystack of %lld tokens has no room for %d needles", text->name,
+                               (long long)n_tokens, n_needles);
 done:
     for (int i = 0; i < n_needles; i++) token_list_free(&sentences[i]);
     return code;

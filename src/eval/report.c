@@ -25,7 +25,9 @@ quarry_code report_check(const char *name, const char *text, size_t n_bytes, jso
 {
     json_error_t why;
     *envelope = json_loadb(text, n_bytes, JSON_REJECT_DUPLICATES, &why);
-    if (!*envelope) return error_set(error, QUARRY_ERROR_FORMAT, "%s: line %d: %s", name, why.line, why.text);
+    if (!*envelope)
+        return error_set(error, QUARRY_ERROR_FORMAT, "%s: is not what a 'quarry eval' command prints with --json: line %d: %s", name,
+                         why.line, why.text);
     return input_check(&(report_input){name, *envelope}, error);
 }
 
