@@ -37,7 +37,7 @@ static const cli_option calibrate_table[] = {
 
 static const cli_group calibrate_groups[] = {{"Model", cli_model_table, offsetof(calibrate_settings, model)},
                                              {"Calibration", calibrate_table, 0},
-                                             {"Output", cli_output_table, offsetof(calibrate_settings, output)},
+                                             {"Output", cli_output_table + 1, offsetof(calibrate_settings, output)},
                                              {0}};
 
 /* The first `most` tokens of the texts, an equal share of each; what a shorter one lacks falls to those after it. memory_free. */
@@ -133,7 +133,7 @@ static int calibrate_run(const void *settings, const cli_list *arguments)
 
 const cli_command command_calibrate = {
     "calibrate",
-    "-f TEXT -o FILE [options]",
+    "[options] -f FILE -o FILE",
     "make the codebook of the policy a2ats for a model",
     "Interrupted, it keeps the layers and heads that are finished and takes them up when called again with the same options; reading the "
     "text is done again.",

@@ -117,7 +117,8 @@ typedef struct cli_input_options {
     const char *prompt, *file;
 } cli_input_options;
 
-extern const cli_option cli_model_table[], cli_session_table[], cli_sampling_table[], cli_output_table[], cli_input_table[];
+extern const cli_option cli_model_table[], cli_session_table[], cli_sampling_table[], cli_input_table[];
+extern const cli_option cli_output_table[]; /* the first is --json: commands that print no JSON begin after it */
 
 /* These return an exit code, after printing what is wrong. */
 
