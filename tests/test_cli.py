@@ -94,6 +94,8 @@ class Cli(unittest.TestCase):
         self.assert_fails(quarry("ask", "--top-p", "1.5", "q"), 2, "outside 0 to 1")
         self.assert_fails(quarry("ask", "-n", "99999999999999999999", "q"), 2, "not a whole number")
         self.assert_fails(quarry("ask", "--ignore-eos=yes", "q"), 2, "--ignore-eos takes no value")
+        for command, flag in (("eval needle", "--depths"), ("eval ruler", "--lengths"), ("bench", "-d")):
+            self.assert_fails(quarry(*command.split(), flag, "12,x", "-f", "no"), 2, f'{flag}: "12,x"', "numbers from", "commas")
 
     def test_what_is_missing_is_said(self):
         self.assert_fails(quarry("ask"), 2, "no question")

@@ -191,7 +191,7 @@ static int bench_parse(bench_run *r)
     quarry_error error;
     for (size_t i = 0; i < sizeof lists / sizeof *lists; i++) {
         lists[i].out->n = list_parse_numbers(lists[i].text, lists[i].flag, lists[i].min, lists[i].max, &lists[i].out->values, &error);
-        if (lists[i].out->n < 0) return cli_fail_error(&error);
+        if (lists[i].out->n < 0) return cli_fail_usage(&command_bench, "%s", error.message);
     }
     for (int i = 0; i < s->attn.n; i++)
         if (policy_list_add(&r->policies, s->attn.items[i], &error) != QUARRY_OK) return cli_fail_error(&error);

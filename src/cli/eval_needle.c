@@ -174,7 +174,7 @@ static int needle_run(const void *settings, const cli_list *arguments)
     quarry_error error;
     int64_t *depths = NULL;
     const int64_t n_depths = list_parse_numbers(s->depths, "--depths", 64, 1000000000, &depths, &error);
-    if (n_depths < 0) return cli_fail_error(&error);
+    if (n_depths < 0) return cli_fail_usage(&command_eval_needle, "%s", error.message);
     int code = eval_input_open(&in, &s->eval, arguments, &command_eval_needle);
     if (!code) code = eval_input_record(&in, &command_eval_needle, &s->eval, arguments, s->seed, json_parameters(&in, s));
     const eval_way way = code ? (eval_way){0} : eval_input_way(&in, &s->eval.input, longest(depths, n_depths));

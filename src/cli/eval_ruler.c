@@ -110,7 +110,7 @@ static int ruler_run_command(const void *settings, const cli_list *arguments)
     ruler_params params = {.samples = (int)s->samples, .seed = (uint64_t)s->seed, .n_batch = (int)s->eval.input.n_batch};
     int code = parse_tasks(&params, s->tasks);
     if (!code && (params.n_lengths = (int)list_parse_numbers(s->lengths, "--lengths", 256, 1000000000, &lengths, &error)) < 0)
-        code = cli_fail_error(&error);
+        code = cli_fail_usage(&command_eval_ruler, "%s", error.message);
     if (!code) code = eval_input_open(&in, &s->eval, arguments, &command_eval_ruler);
     params.text = in.bytes;
     params.n_bytes = in.n_bytes;
