@@ -109,7 +109,7 @@ static int unknown_flag(const cli_command *command, const char *text, size_t n)
         for (const cli_option *o = g->options; o->flags; o++) flags_visit(o->flags, flag_copy, &copies);
     flag_copy("--help", 6, &copies);
     snprintf(word, sizeof word, "%.*s", (int)n, text);
-    const char *nearest = cli_nearest(word, copies.words, copies.n);
+    const char *nearest = n > 2 ? cli_nearest(word, copies.words, copies.n) : NULL; /* any letter is near any other */
     if (nearest) return cli_fail_usage(command, "unknown option '%.*s'; did you mean '%s'?", (int)n, text, nearest);
     return cli_fail_usage(command, "unknown option '%.*s'", (int)n, text);
 }
