@@ -57,6 +57,11 @@ class Cli(unittest.TestCase):
             self.assertIn("-h, --help", result.stdout)
             self.assertTrue(all(len(line) <= 100 and line == line.rstrip() for line in result.stdout.splitlines()), result.stdout)
 
+    def test_a_family_of_commands_lists_its_own(self):
+        result = quarry("eval", "--help")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        self.assertEqual(re.findall(r"^  ([a-z ]+?)  ", result.stdout, re.M), [command for command in commands() if command.startswith("eval ")])
+
     def test_manual_page_and_help_name_the_same_flags(self):
         page = (ROOT / "docs/quarry.1").read_text().replace("\\-", "-")
         sections = dict(re.findall(r'^\.SS "?quarry ([a-z ]+?)"?\n(.*?)(?=^\.S[SH]|\Z)', page, re.M | re.S))
@@ -76,7 +81,11 @@ class Cli(unittest.TestCase):
         self.assert_fails(quarry("aks"), 2, "'aks'", "'quarry ask'")
         self.assert_fails(quarry("tokenise"), 2, "'quarry tokenize'")
         self.assert_fails(quarry("eval", "needel"), 2, "'quarry eval needle'")
-        self.assert_fails(quarry("eval"), 2, "eval kld", "eval needle")
+        self.assert_fails(quarry("evl", "kld"), 2, "'quarry eval kld'")
+        self.assert_fails(quarry("ruler"), 2, "'quarry eval ruler'")
+        for words in (("eval",), ("eval", "xyzzyxyzzy")):
+            self.assert_fails(quarry(*words), 2, "'quarry eval'", "kld", "needle", "report")
+            self.assertIn("Try 'quarry eval --help'", quarry(*words).stderr)
         self.assert_fails(quarry(), 2, "no command")
         self.assertNotIn("did you mean", quarry("xyzzyxyzzy").stderr)
 
@@ -84,7 +93,8 @@ class Cli(unittest.TestCase):
         self.assert_fails(quarry("ask", "--thread", "2", "q"), 2, "'--thread'", "'--threads'")
         self.assert_fails(quarry("ask", "--tpo-k=2", "q"), 2, "'--top-k'")
         self.assert_fails(quarry("run", "--modle", "x"), 2, "'--model'")
-        self.assertNotIn("did you mean", quarry("ask", "--xyzzyxyzzy").stderr)
+        for flag in ("--xyzzyxyzzy", "-x"):
+            self.assertNotIn("did you mean", quarry("ask", flag).stderr)
 
     def test_values_are_checked(self):
         self.assert_fails(quarry("ask", "-n"), 2, "-n needs a value")
