@@ -102,7 +102,7 @@ typedef struct quarry_fingerprints {
 typedef struct quarry_model_params {
     int n_threads;             /* 0: one per available core */
     bool no_mmap;              /* read the file instead of mapping it */
-    const char *chat_template; /* NULL: recognise the model's own; otherwise the name of a family, e.g. "chatml" */
+    const char *chat_template; /* NULL: recognise the model's own; otherwise the name of a family, e.g. "chatml", or "plain" for no turns */
     quarry_log_fn log;         /* NULL: silent */
     void *log_data;
     const quarry_fingerprints *fingerprints; /* used while opening only; NULL: the fingerprint is made anew */
@@ -150,7 +150,8 @@ typedef struct quarry_document {
 } quarry_document;
 
 /* A question over documents through the model's chat template, as two token arrays (freed with quarry_free): `context` is all up to
- * the end of the documents, `question` the rest, so that a document's tokens do not depend on the question. system may be NULL. */
+ * the end of the documents, `question` the rest, so that a document's tokens do not depend on the question. system may be NULL.
+ * Errors: ARGUMENT (no question, a document without text), UNSUPPORTED (no known chat template), MEMORY. */
 typedef struct quarry_prompt {
     int32_t *context, *question;
     int64_t n_context, n_question;
@@ -165,7 +166,7 @@ QUARRY_API void quarry_prompt_free(quarry_prompt *prompt);
 typedef struct quarry_session quarry_session;
 
 typedef struct quarry_session_params {
-    int64_t n_ctx;    /* most tokens the session may hold; 0: what the model was trained for. Memory is taken as tokens come. */
+    int64_t n_ctx;    /* most tokens held; 0: what the model was trained for, and no more without extend. Memory is taken as they come. */
     const char *attn; /* retrieval policy, "name[:option=value,…]"; NULL: "ivfpq". See `quarry info --attn`. */
     int n_batch;      /* tokens per forward pass while reading; 0: 512 */
     int64_t
@@ -177,14 +178,15 @@ typedef struct quarry_session_params {
     bool kv_f32; /* keep keys and values in f32 instead of f16: twice the memory, for comparing with references */
 } quarry_session_params;
 
+/* params may be NULL. Errors: ARGUMENT (sizes, the policy or its options), IO and FORMAT (a file that the policy needs), MEMORY. */
 QUARRY_API quarry_session *quarry_session_open(quarry_model *model, const quarry_session_params *params, quarry_error *error);
 QUARRY_API void quarry_session_close(quarry_session *session);
 
-/* An independent session in the same state; its statistics begin anew. Full KV pages and sealed index segments are shared, not copied. */
+/* An independent session in the same state; its statistics begin anew, and it notes no citations. Full KV pages and sealed index segments are shared, not copied. */
 QUARRY_API quarry_session *quarry_session_fork(const quarry_session *session, quarry_error *error);
 
 /* Appends tokens with full attention (or in blocks: read_window, extend), indexing keys as they leave the local window, and seals the index at the end.
- * Error CONTEXT (nothing is read) if they do not fit. After CANCELLED the session holds the tokens read so far. */
+ * Error CONTEXT (nothing is read) if they do not fit. After CANCELLED and MEMORY the session holds the tokens read so far. */
 QUARRY_API int quarry_session_read(quarry_session *session, const int32_t *tokens, int64_t n, const quarry_watch *watch,
                                    quarry_error *error);
 
@@ -197,14 +199,15 @@ QUARRY_API int quarry_session_feed(quarry_session *session, const int32_t *token
  * session holds the tokens it held; after ARGUMENT and CONTEXT nothing was done, after others the logits are undefined. */
 QUARRY_API int quarry_sessions_feed(quarry_session *const *sessions, const int32_t *tokens, int n, quarry_error *error);
 
-/* Logits [n_vocab] for the token after the last one; NULL before anything was read. Valid until the next call on the session. */
+/* Logits [n_vocab] for the token after the last one; NULL before anything was read, and after a truncation or an error in the midst of work until the next read
+ * or feed. Valid until the next call on the session. */
 QUARRY_API const float *quarry_session_logits(const quarry_session *session);
 
 /* Number of tokens held, and the tokens themselves [length]. */
 QUARRY_API int64_t quarry_session_length(const quarry_session *session);
 QUARRY_API const int32_t *quarry_session_tokens(const quarry_session *session);
 
-/* Keeps the first n_tokens and forgets the rest; logits are undefined until the next read or feed. Error ARGUMENT if layers with a sliding window no longer
+/* Keeps the first n_tokens and forgets the rest; there are no logits until the next read or feed. Error ARGUMENT if layers with a sliding window no longer
  * hold what the next token would see: at least 512 tokens can be taken back, and all of them always. */
 QUARRY_API int quarry_session_truncate(quarry_session *session, int64_t n_tokens, quarry_error *error);
 
@@ -216,7 +219,7 @@ typedef struct quarry_sampling {
     int top_k;            /* <= 0: off */
     float top_p, min_p;   /* 1 and 0: off */
     float repeat_penalty; /* 1: off */
-    int repeat_last_n;    /* tokens the penalty looks back */
+    int repeat_last_n;    /* tokens the penalty looks back; < 0: all */
     uint64_t seed;
     int64_t max_tokens;      /* < 0: until the context is full */
     const char *const *stop; /* stop strings, not part of the answer */
@@ -231,15 +234,15 @@ typedef struct quarry_sampling {
 QUARRY_API void quarry_sampling_default(quarry_sampling *sampling);
 
 typedef enum quarry_stop_reason {
-    QUARRY_STOP_END,
-    QUARRY_STOP_STRING,
-    QUARRY_STOP_LENGTH,
-    QUARRY_STOP_CONTEXT,
-    QUARRY_STOP_CALLBACK
+    QUARRY_STOP_END,     /* the model ended its answer */
+    QUARRY_STOP_STRING,  /* a stop string */
+    QUARRY_STOP_LENGTH,  /* max_tokens */
+    QUARRY_STOP_CONTEXT, /* the context is full */
+    QUARRY_STOP_CALLBACK /* on_text returned false */
 } quarry_stop_reason;
 
-/* Generates after the last token, streaming text. Tokens generated become part of the session. Returns 0 or a negative code;
- * *reason (may be NULL) tells why it stopped. */
+/* Generates after the last token, streaming text. Tokens generated become part of the session, also before an error. Returns 0 or a negative code;
+ * *reason (may be NULL) tells why it stopped. Errors: ARGUMENT (no logits to go on from, sampling parameters), MEMORY. */
 QUARRY_API int quarry_session_generate(quarry_session *session, const quarry_sampling *sampling, quarry_text_fn on_text, void *data,
                                        quarry_stop_reason *reason, quarry_error *error);
 
