@@ -169,12 +169,12 @@ typedef struct quarry_session_params {
     int64_t n_ctx;    /* most tokens held; 0: what the model was trained for, and no more without extend. Memory is taken as they come. */
     const char *attn; /* retrieval policy, "name[:option=value,…]"; NULL: "ivfpq". See `quarry info --attn`. */
     int n_batch;      /* tokens per forward pass while reading; 0: 512 */
-    int64_t
-        read_window; /* > 0: a document is read in blocks of tokens, each attending to at least so many before it, to the first ones, and to what
-                            the policy finds for the block, instead of to everything; 0: with full attention */
-    bool
-        extend; /* hold more than the model was trained for (n_ctx 0: without limit): what lies before the last read_window tokens (0: 2,048, or an eighth of what the
-                    model was trained for if that is less; at most a quarter) is seen at one distance, by tokens read and generated. See docs/extend.md */
+    /* > 0: a document is read in blocks of tokens, each attending to at least so many before it, to the first ones, and to what the policy finds for the block,
+     * instead of to everything; 0: with full attention */
+    int64_t read_window;
+    /* hold more than the model was trained for (n_ctx 0: without limit): what lies before the last read_window tokens (0: 2,048, or an eighth of what the model was
+     * trained for if that is less; at most a quarter) is seen at one distance, by tokens read and generated. See docs/extend.md */
+    bool extend;
     bool kv_f32; /* keep keys and values in f32 instead of f16: twice the memory, for comparing with references */
 } quarry_session_params;
 
