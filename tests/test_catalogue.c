@@ -478,18 +478,22 @@ static void what_was_longest_unused_goes_first(void **state)
     const catalogue_piece d = added(c, NULL, 300, 0, 1000, "d");
     assert_int_equal(catalogue_touch(c, &ab.key, NULL), QUARRY_OK); /* order now: ac, d, a and ab */
     const int64_t one = a.n_bytes;
-    assert_int_equal(catalogue_make_room(c, 0, 4 * one, &fits, &removed, NULL), QUARRY_OK);
+    assert_int_equal(catalogue_make_room(c, 0, 4 * one, NULL, &fits, &removed, NULL), QUARRY_OK);
     assert_true(fits && removed.n_pieces == 0);
-    assert_int_equal(catalogue_make_room(c, one - 1, 4 * one, &fits, &removed, NULL), QUARRY_OK);
+    assert_int_equal(catalogue_make_room(c, one - 1, 4 * one, NULL, &fits, &removed, NULL), QUARRY_OK);
     assert_true(fits && removed.n_pieces == 1 && removed.n_contexts == 1 && removed.n_bytes == one);
     assert_false(has_file(c, &ac));
-    assert_int_equal(catalogue_make_room(c, 0, 2 * one, &fits, &removed, NULL), QUARRY_OK);
+    assert_int_equal(catalogue_make_room(c, 0, 2 * one, NULL, &fits, &removed, NULL), QUARRY_OK);
     assert_false(has_file(c, &d));
     assert_true(has_file(c, &a) && has_file(c, &ab));
-    assert_int_equal(catalogue_make_room(c, 0, one, &fits, &removed, NULL), QUARRY_OK);
+    assert_int_equal(catalogue_make_room(c, 0, one, NULL, &fits, &removed, NULL), QUARRY_OK);
     assert_true(fits && has_file(c, &a) && !has_file(c, &ab)); /* what continues a piece goes before it */
-    assert_int_equal(catalogue_make_room(c, one + 1, one, &fits, &removed, NULL), QUARRY_OK);
-    assert_false(fits);
+    assert_int_equal(catalogue_make_room(c, one + 1, one, NULL, &fits, &removed, NULL), QUARRY_OK);
+    assert_true(!fits && removed.n_pieces == 0 && has_file(c, &a)); /* nothing goes in vain */
+    assert_int_equal(catalogue_make_room(c, one, one, &a.key, &fits, &removed, NULL), QUARRY_OK);
+    assert_true(!fits && has_file(c, &a)); /* what is coming continues it */
+    assert_int_equal(catalogue_make_room(c, one, one, NULL, &fits, &removed, NULL), QUARRY_OK);
+    assert_true(fits && removed.n_pieces == 1);
     assert_int_equal(totals_of(c).n_pieces, 0);
     assert_sound(c);
     catalogue_close(c);
@@ -506,12 +510,12 @@ static void what_is_in_use_is_not_evicted(void **state)
     file_map *map = file_map_open(path, true, NULL);
     file_map_hold(map);
     for (int i = 0; i < 2; i++) { /* asking twice changes nothing */
-        assert_int_equal(catalogue_make_room(c, 0, 10, &fits, &removed, NULL), QUARRY_OK);
+        assert_int_equal(catalogue_make_room(c, 0, 10, NULL, &fits, &removed, NULL), QUARRY_OK);
         assert_false(fits);
         assert_true(has_file(c, &a) && !has_file(c, &b));
     }
     file_map_close(map);
-    assert_int_equal(catalogue_make_room(c, 0, 10, &fits, &removed, NULL), QUARRY_OK);
+    assert_int_equal(catalogue_make_room(c, 0, 10, NULL, &fits, &removed, NULL), QUARRY_OK);
     assert_true(fits && !has_file(c, &a));
     memory_free(path);
     catalogue_close(c);

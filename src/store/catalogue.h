@@ -126,8 +126,10 @@ quarry_code catalogue_remove(catalogue *c, int64_t id, catalogue_removed *remove
 /* Removes a piece that turned out damaged, with all pieces that continue it and the contexts that end in them. OK if it is gone already. */
 quarry_code catalogue_discard(catalogue *c, const store_key *key, catalogue_removed *removed, quarry_error *error);
 /* Removes the pieces longest unused, each after those that continue it, until the store and `coming` more bytes take at most `bound`; never what somebody holds
- * (file_map_hold). *fits (may be NULL): whether they do now. */
-quarry_code catalogue_make_room(catalogue *c, int64_t coming, int64_t bound, bool *fits, catalogue_removed *removed, quarry_error *error);
+ * (file_map_hold), nor `needed` (may be NULL: the piece that the coming one continues) and those before it. *fits (may be NULL): whether they do now. If they cannot, nothing is
+ * removed for what comes in vain; with coming 0 as much as possible is. */
+quarry_code catalogue_make_room(catalogue *c, int64_t coming, int64_t bound, const store_key *needed, bool *fits,
+                                catalogue_removed *removed, quarry_error *error);
 
 /* ---- fingerprints of models ---- */
 

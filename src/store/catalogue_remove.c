@@ -148,12 +148,17 @@ static quarry_code evict(catalogue *c, int64_t coming, int64_t bound, bool *fits
     return code == QUARRY_OK ? db_exec(c, "DELETE FROM busy", error) : code; /* on failure the rollback empties it */
 }
 
-quarry_code catalogue_make_room(catalogue *c, int64_t coming, int64_t bound, bool *fits, catalogue_removed *removed, quarry_error *error)
+quarry_code catalogue_make_room(catalogue *c, int64_t coming, int64_t bound, const store_key *needed, bool *fits,
+                                catalogue_removed *removed, quarry_error *error)
 {
     catalogue_removed done = {0};
     bool enough = false;
+    if (removed) *removed = done;
     quarry_code code = db_begin_write(c, error);
-    if (code == QUARRY_OK) code = finish(c, evict(c, coming, bound, &enough, &done, error), &done, removed, error);
-    if (fits) *fits = enough;
-    return code;
+    if (code != QUARRY_OK) return code;
+    if (needed && !store_key_none(needed)) code = db_change(c, error, "INSERT INTO busy VALUES (?1)", "k", needed);
+    if (code == QUARRY_OK) code = evict(c, coming, bound, &enough, &done, error);
+    if (fits) *fits = code == QUARRY_OK && enough;
+    if (code == QUARRY_OK && !enough && coming > 0) return db_exec(c, "ROLLBACK", error);
+    return finish(c, code, &done, removed, error);
 }
