@@ -73,7 +73,7 @@ static setup *setup_make(const char *spec, bool extended, int64_t ahead)
     s->pool = thread_pool_create(2, NULL);
     s->shape = plain;
     s->shape.read_window = WINDOW;
-    if (extended) attn_shape_extend(&s->shape, WINDOW, DISTANCE);
+    if (extended) attn_shape_extend(&s->shape, WINDOW, DISTANCE, DISTANCE);
     s->kv = kv_create(&s->shape.kv, NULL);
     s->policy = attn_policy_create(spec, &s->shape, s->kernels, NULL);
     assert_non_null(s->policy);
@@ -240,6 +240,26 @@ static void near_a_million_angles_still_tell_neighbours_apart(void **state)
             for (int i = 0; i < DIM; i++) score[far] += (double)q[far][i] * (double)k[far][i];
         }
         assert_true(fabs(score[0] - score[1]) < 1e-5);
+    }
+}
+
+static void the_far_query_gives_the_mean_score_of_all_distances(void **state)
+{
+    (void)state;
+    const attn_extend ranges[] = {{.nearest = 256, .farthest = 1024}, {.nearest = 300, .farthest = 300}, {.nearest = 0, .farthest = 1}};
+    double inverse[DIM / 2];
+    for (int i = 0; i < DIM / 2; i++) inverse[i] = pow(1000, -2.0 * i / DIM);
+    for (size_t r = 0; r < TEST_COUNT(ranges); r++) {
+        float cs[DIM];
+        attn_extend_angles(&ranges[r], inverse, DIM / 2, cs);
+        for (int i = 0; i < DIM / 2; i++) {
+            double mean[2] = {0, 0};
+            for (int64_t t = ranges[r].nearest; t <= ranges[r].farthest; t++) {
+                mean[0] += cos((double)t * inverse[i]) / (double)(ranges[r].farthest - ranges[r].nearest + 1);
+                mean[1] += sin((double)t * inverse[i]) / (double)(ranges[r].farthest - ranges[r].nearest + 1);
+            }
+            for (int j = 0; j < 2; j++) assert_true(fabs((double)cs[2 * i + j] - mean[j]) < 1e-6);
+        }
     }
 }
 
@@ -442,6 +462,7 @@ int main(void)
         cmocka_unit_test(blocks_that_read_everything_equal_full_attention),
         cmocka_unit_test(a_block_reads_what_weighs_most_for_its_rows),
         cmocka_unit_test(near_a_million_angles_still_tell_neighbours_apart),
+        cmocka_unit_test(the_far_query_gives_the_mean_score_of_all_distances),
         cmocka_unit_test(within_the_window_nothing_changes),
         cmocka_unit_test(a_budget_of_everything_equals_full),
         cmocka_unit_test(taking_tokens_back_equals_never_having_read_them),

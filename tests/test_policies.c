@@ -231,6 +231,15 @@ static double naive_meanstd(const world *w, const attn_policy *p, const float *q
     return (sum + 2 * sqrt(spread)) * (double)shape.scale;
 }
 
+/* The mean key of the token's block of 128. */
+static double naive_rekv(const world *w, const attn_policy *p, const float *q, int h, int64_t t)
+{
+    const int64_t first = ATTN_SINKS + t / 128 * 128, end = first + 128 < p->n_far ? first + 128 : p->n_far;
+    double sum = 0;
+    for (int64_t pos = first; pos < end; pos++) sum += score(w, q, h, pos);
+    return sum / (double)(end - first);
+}
+
 /* The nearest centroid of each sub-vector in the place of the key. */
 static double naive_pqcache(const world *w, const attn_policy *policy, const float *q, int h, int64_t t)
 {
@@ -326,6 +335,7 @@ static const struct {
 } scorers[] = {{"oracle:budget=0.05", naive_oracle, false},
                {"quest:budget=0.05", naive_quest, false},
                {"meanstd:deviations=2,budget=0.05", naive_meanstd, false},
+               {"rekv:budget=0.05", naive_rekv, false},
                {"pqcache:subvectors=4,bits=4,budget=0.05", naive_pqcache, true},
                {"clusters:budget=0.05,estimate=0", naive_clusters, true}};
 
@@ -547,10 +557,10 @@ static void snapkv_keeps_what_the_end_attends_to(void **state)
     close_world(&w);
 }
 
-static const char *const all_specs[] = {"oracle",         "quest",         "meanstd",
-                                        "pqcache",        "snapkv:min=8",  "magicpig:bits=4,tables=12",
-                                        "clusters",       "oracle:tail=1", "quest:tail=1,mass=0.8",
-                                        "clusters:tail=1"};
+static const char *const all_specs[] = {"oracle",          "quest",         "meanstd",
+                                        "pqcache",         "snapkv:min=8",  "magicpig:bits=4,tables=12",
+                                        "clusters",        "oracle:tail=1", "quest:tail=1,mass=0.8",
+                                        "clusters:tail=1", "rekv"};
 
 static void results_depend_neither_on_threads_nor_on_a_fork(void **state)
 {

@@ -173,7 +173,7 @@ typedef struct quarry_session_params {
      * instead of to everything; 0: with full attention */
     int64_t read_window;
     /* hold more than the model was trained for (n_ctx 0: without limit): what lies before the last read_window tokens (0: 2,048, or an eighth of what the model was
-     * trained for if that is less; at most a quarter) is seen at one distance, by tokens read and generated. See docs/extend.md */
+     * trained for if that is less; at most a quarter) is searched, and seen alike whatever its distance, by tokens read and generated. See docs/extend.md */
     bool extend;
     bool kv_f32; /* keep keys and values in f32 instead of f16: twice the memory, for comparing with references */
 } quarry_session_params;

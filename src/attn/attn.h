@@ -7,7 +7,7 @@
  *     [n_far, pos]       local: at least n_window tokens, always read
  *
  * In an extended sequence (attn_shape.extend) keys are kept without position, and rows of the local tokens also as they are after RoPE, in layers of their own. A query
- * reads its local tokens at their distance, and everything before them, sinks too, as if it all stood at one distance: docs/extend.md. */
+ * reads its local tokens at their distance, and everything before them, sinks too, alike: as from a range of distances on average (docs/extend.md). */
 #ifndef ATTN_ATTN_H
 #define ATTN_ATTN_H
 
@@ -33,11 +33,11 @@ typedef struct attn_rope {
 
 /* How a text longer than the model was trained for is read. */
 typedef struct attn_extend {
-    int64_t window;   /* local tokens of a query, at least; 0: not extended */
-    int64_t block;    /* of all positions modulo this one moves the beginning of the local tokens, so that rows of a block share it */
-    int64_t distance; /* at which a query sees all that is not local */
-    int near_layer;   /* of the cache: layer i's local rows are in near_layer + i */
-    int sliding;      /* window of the model's own local layers; kv.window is what is kept, enough for both */
+    int64_t window; /* local tokens of a query, at least; 0: not extended */
+    int64_t block;  /* of all positions modulo this one moves the beginning of the local tokens, so that rows of a block share it */
+    int64_t nearest, farthest; /* what is not local is scored by the mean of the scores that it would have at all these distances */
+    int near_layer;            /* of the cache: layer i's local rows are in near_layer + i */
+    int sliding;               /* window of the model's own local layers; kv.window is what is kept, enough for both */
 } attn_extend;
 
 typedef struct attn_shape {
@@ -52,7 +52,10 @@ typedef struct attn_shape {
 } attn_shape;
 
 /* Makes the shape that of extended sequences, with read_window as window: more layers in kv, and keys that policies see without RoPE. */
-void attn_shape_extend(attn_shape *shape, int64_t window, int64_t distance);
+void attn_shape_extend(attn_shape *shape, int64_t window, int64_t nearest, int64_t farthest);
+/* cs[2 n_pairs] = the mean of cosine and of sine of each pair's angle over all distances from nearest to farthest: what turns a query so that its products with keys without
+ * position are those means. inverse[n_pairs]: radians per position. */
+void attn_extend_angles(const attn_extend *e, const double *inverse, int n_pairs, float *cs);
 /* The first local token of a query at pos, in extended sequences. */
 int64_t attn_extend_first(const attn_extend *e, int64_t pos);
 /* The end of what may be indexed when a sequence has n tokens. */
@@ -236,7 +239,7 @@ typedef struct attn_row {
     int64_t pos;                   /* rows [0, pos] of kv are written in this layer */
     bool dense;                    /* read everything although there is a policy (reading a document) */
     const attn_observer *observer; /* NULL: nobody */
-    const float *q_far;            /* [n_head][d] of an extended sequence: the row's query turned to extend.distance; else NULL */
+    const float *q_far;            /* [n_head][d] of an extended sequence: the row's query as what is not local sees it; else NULL */
 } attn_row;
 
 typedef struct attn_context {

@@ -5,6 +5,6 @@
 #include "attn/attn.h"
 
 extern const attn_policy_type attn_ivfpq, attn_full, attn_window, attn_oracle, attn_quest, attn_meanstd, attn_pqcache, attn_snapkv,
-    attn_magicpig, attn_clusters, attn_a2ats;
+    attn_magicpig, attn_clusters, attn_a2ats, attn_rekv;
 
 #endif

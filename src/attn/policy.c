@@ -6,8 +6,9 @@
 #include "attn/attn.h"
 #include "attn/policies.h"
 
-const attn_policy_type *const attn_policies[] = {&attn_ivfpq,   &attn_full,   &attn_window,   &attn_oracle,   &attn_quest, &attn_meanstd,
-                                                 &attn_pqcache, &attn_snapkv, &attn_magicpig, &attn_clusters, &attn_a2ats, NULL};
+const attn_policy_type *const attn_policies[] = {&attn_ivfpq,   &attn_full,    &attn_window, &attn_oracle,   &attn_quest,
+                                                 &attn_meanstd, &attn_pqcache, &attn_snapkv, &attn_magicpig, &attn_clusters,
+                                                 &attn_a2ats,   &attn_rekv,    NULL};
 
 static quarry_code unknown_policy(const char *name, size_t n, quarry_error *error)
 {

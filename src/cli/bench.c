@@ -8,8 +8,8 @@
 typedef struct bench_settings {
     cli_list models, attn;
     const char *file, *prompts, *gens, *parallels, *reads, *questions, *depths, *threads, *batches, *format;
-    int64_t repetitions;
-    bool no_mmap, quiet;
+    int64_t repetitions, read_window;
+    bool extend, no_mmap, quiet;
 } bench_settings;
 
 static const cli_option bench_table[] = {
@@ -28,6 +28,9 @@ static const cli_option bench_table[] = {
     {"--attn", "POLICY,...", CLI_LIST, offsetof(bench_settings, attn), NULL, "retrieval policies (default: ivfpq); may be repeated", 0, 0},
     {"-f, --file", "FILE", CLI_TEXT, offsetof(bench_settings, file), NULL, "read this text instead of pseudo-random tokens", 0, 0},
     {"-r, --repetitions", "N", CLI_INT, offsetof(bench_settings, repetitions), "5", "times each test is measured", 1, 10000},
+    {"--read-window", "N", CLI_INT, offsetof(bench_settings, read_window), "0",
+     "read in blocks that attend to their last N tokens, the first, and what the policy finds; 0: with full attention", 0, 1e9},
+    {"--extend", NULL, CLI_SWITCH, offsetof(bench_settings, extend), NULL, "read and decode as quarry ask --extend", 0, 0},
     {"-o, --output", "FORMAT", CLI_TEXT, offsetof(bench_settings, format), "md", "form of the results: md, json or csv", 0, 0},
     {"--no-mmap", NULL, CLI_SWITCH, offsetof(bench_settings, no_mmap), NULL, "read the model file instead of mapping it", 0, 0},
     {"-q, --quiet", NULL, CLI_SWITCH, offsetof(bench_settings, quiet), NULL, "no progress on standard error", 0, 0},
@@ -253,6 +256,8 @@ static int bench_model(bench_run *r, quarry_model *model)
                                      .n_tests = r->n_tests,
                                      .depth = r->depths.values[i % r->depths.n],
                                      .repetitions = (int)r->settings->repetitions,
+                                     .read_window = r->settings->read_window,
+                                     .extend = r->settings->extend,
                                      .n_batch = (int)r->n_batch,
                                      .tokens = tokens,
                                      .n_tokens = n_tokens};

@@ -24,8 +24,8 @@ const cli_option cli_session_table[] = {
     {"--attn", "POLICY", CLI_TEXT, offsetof(cli_session_options, attn), "ivfpq",
      "how attention finds what to read in a long context, NAME or NAME:OPTION=VALUE,...; 'quarry info --attn' lists them", 0, 0},
     {"--extend", NULL, CLI_SWITCH, offsetof(cli_session_options, extend), NULL,
-     "read texts longer than the model was trained for: what lies before the last --read-window tokens is searched, and seen at one "
-     "distance",
+     "read texts longer than the model was trained for: what lies before the last --read-window tokens is searched, and seen alike "
+     "whatever its distance",
      0, 0},
     {"--read-window", "N", CLI_INT, offsetof(cli_session_options, read_window), "0",
      "read documents in blocks that attend to their last N tokens, the first, and what the policy finds; 0: with full attention; with "

@@ -378,6 +378,8 @@ typedef struct speed_params {
     int64_t depth; /* tokens in the cache before; filled once for all tests and policies, with other tokens in each sequence */
     int repetitions;
     int n_batch;
+    int64_t read_window; /* as quarry_session_params */
+    bool extend;
     const int32_t *tokens; /* [n_tokens] to read, from the start again when they run out; NULL: pseudo-random ones */
     int64_t n_tokens;
 } speed_params;

@@ -81,7 +81,8 @@ static const struct {
 
 static quarry_session *session_open_one(const speed_run *r, const char *const *attn, int n_attn, quarry_error *error)
 {
-    const quarry_session_params params = {.n_ctx = r->n_ctx, .n_batch = r->params->n_batch};
+    const quarry_session_params params = {
+        .n_ctx = r->n_ctx, .n_batch = r->params->n_batch, .read_window = r->params->read_window, .extend = r->params->extend};
     quarry_session *session = session_open_policies(r->model, &params, attn, n_attn, error);
     if (session) session_allow_beyond_training(session);
     return session;

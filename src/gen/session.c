@@ -4,6 +4,8 @@
 #include <string.h>
 #include <time.h>
 
+enum { FARTHEST = 4 };
+
 double session_now(void)
 {
     struct timespec t;
@@ -31,14 +33,14 @@ static quarry_session *session_new(quarry_model *model, const quarry_session_par
     return NULL;
 }
 
-/* What is local must be nearer than the distance of all else, which is half of what the model was trained for. */
+/* What is not local is seen as from window to FARTHEST windows away, on average: a model must have been trained for so much. */
 static quarry_code check_extend(int64_t trained, quarry_session_params *params, quarry_error *error)
 {
     if (params->read_window == 0) params->read_window = trained >= 8 * EXTEND_WINDOW ? EXTEND_WINDOW : trained / 8;
-    if (params->read_window >= ATTN_WINDOW && params->read_window <= trained / 4) return QUARRY_OK;
+    if (params->read_window >= ATTN_WINDOW && params->read_window <= trained / FARTHEST) return QUARRY_OK;
     return error_set(error, QUARRY_ERROR_ARGUMENT,
                      "a window of %lld tokens does not extend a model that was trained for %lld: should be %d to %lld",
-                     (long long)params->read_window, (long long)trained, ATTN_WINDOW, (long long)trained / 4);
+                     (long long)params->read_window, (long long)trained, ATTN_WINDOW, (long long)trained / FARTHEST);
 }
 
 quarry_code session_check_params(const quarry_model *model, quarry_session_params *params, quarry_error *error)
@@ -64,7 +66,7 @@ attn_shape session_attn_shape(const quarry_model *model, const quarry_session_pa
 {
     attn_shape shape = model_attn_shape(model, params->kv_f32 ? KV_F32 : KV_F16);
     shape.read_window = params->read_window;
-    if (params->extend) attn_shape_extend(&shape, params->read_window, model_shape_of(model)->n_ctx_train / 2);
+    if (params->extend) attn_shape_extend(&shape, params->read_window, params->read_window, FARTHEST * params->read_window);
     return shape;
 }
 

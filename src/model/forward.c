@@ -62,7 +62,7 @@ typedef struct pass {
     float *k, *v;              /* [n][n_head_kv][head_dim] */
     float *attended;           /* [n][n_head][head_dim] */
     float *gate, *up;          /* [n][n_ff] */
-    float *cs_far;             /* [n_rot] of the distance at which they do */
+    float *cs_far;             /* [n_rot] of the distances at which they do */
     float *cs[2];              /* [n][n_rot] cosine and sine of each pair: of layers that see everything, of local ones (or NULL) */
     bool precise;              /* no row reads a document: few rows, whose logits are the answer */
     void *quantized;           /* activations_bytes of the widest input */
@@ -126,16 +126,6 @@ static void for_rows(pass *p, rows_fn fn)
         rows_task(&job, 0, 0);
 }
 
-/* cs[n_rot] = cosine and sine of each pair at a position. */
-static void angles_fill(const model_shape *s, const double *inverse, int64_t pos, float *cs)
-{
-    for (int i = 0; i < s->n_rot / 2; i++) {
-        const double angle = (double)pos * inverse[i];
-        cs[2 * i] = (float)cos(angle);
-        cs[2 * i + 1] = (float)sin(angle);
-    }
-}
-
 static void embed_row(pass *p, int64_t row)
 {
     const forward_row *r = &p->rows[row];
@@ -145,8 +135,14 @@ static void embed_row(pass *p, int64_t row)
     weight_row(&m->embedding, r->token, x);
     if (m->arch->scale_embedding)
         for (int64_t i = 0; i < n_embd; i++) x[i] *= sqrtf((float)n_embd);
-    for (int kind = 0; kind < 2 && m->rope_inverse[kind]; kind++)
-        angles_fill(&m->shape, m->rope_inverse[kind], r->pos, p->cs[kind] + row * m->shape.n_rot);
+    for (int kind = 0; kind < 2 && m->rope_inverse[kind]; kind++) {
+        float *cs = p->cs[kind] + row * m->shape.n_rot;
+        for (int i = 0; i < m->shape.n_rot / 2; i++) {
+            double angle = (double)r->pos * m->rope_inverse[kind][i];
+            cs[2 * i] = (float)cos(angle);
+            cs[2 * i + 1] = (float)sin(angle);
+        }
+    }
 }
 
 static void norm_row(pass *p, int64_t row)
@@ -336,7 +332,7 @@ quarry_code model_forward(quarry_model *m, forward_scratch *s, const forward_row
         p.attn_rows[i] =
             (attn_row){rows[i].kv, rows[i].policy, rows[i].pos, rows[i].dense, rows[i].observer, p.q_far ? p.q_far + i * p.q_width : NULL};
     }
-    if (p.q_far) angles_fill(&m->shape, m->rope_inverse[0], p.attn.extend.distance, p.cs_far);
+    if (p.q_far) attn_extend_angles(&p.attn.extend, m->rope_inverse[0], m->shape.n_rot / 2, p.cs_far);
     for_rows(&p, embed_row);
     for (int i = 0; i < m->shape.n_layer; i++) {
         if (cancel && cancel(data)) return error_set(error, QUARRY_ERROR_CANCELLED, "cancelled");
