@@ -2,6 +2,7 @@
 #include "test.h"
 
 #include <math.h>
+#include <stdatomic.h>
 
 #include "attn/attn.h"
 #include "gen/gen.h"
@@ -108,7 +109,7 @@ static void setup_free(setup *s)
     free(s);
 }
 
-static float *run(setup *s, int64_t first, int64_t n, bool dense)
+static float *run(setup *s, int64_t first, int64_t n, bool dense, const attn_observer *observer)
 {
     attn_row *rows = calloc((size_t)n, sizeof *rows);
     float *out = calloc((size_t)n * N_HEAD * DIM, sizeof *out);
@@ -119,6 +120,7 @@ static float *run(setup *s, int64_t first, int64_t n, bool dense)
                              .policy = s->policy,
                              .pos = first + i,
                              .dense = dense,
+                             .observer = observer,
                              .q_far = s->shape.extend.window ? s->far[first + i][0] : NULL};
     assert_int_equal(attn_forward(&c, &s->shape, 0, rows, n, s->near[first][0], out, NULL, &e), QUARRY_OK);
     free(rows);
@@ -162,7 +164,7 @@ static void check_rows(const char *spec, bool extended, bool dense, bool hole)
     const int64_t firsts[] = {0, 200, 511, 640, N - 150}, n = dense ? 150 : 3;
     for (size_t i = 0; i < TEST_COUNT(firsts); i++) {
         setup *s = setup_make(spec, extended, N - firsts[i]);
-        float *out = run(s, firsts[i], n, dense);
+        float *out = run(s, firsts[i], n, dense, NULL);
         check(s, out, firsts[i], n, ATTN_SINKS, hole ? s->policy->n_far : 0, 2e-5);
         free(out);
         setup_free(s);
@@ -174,6 +176,40 @@ static void rows_see_near_tokens_where_they_are_and_all_others_at_one_distance(v
     (void)state;
     check_rows("full", true, false, false);
     check_rows("oracle:budget=1", true, false, false);
+}
+
+typedef struct told {
+    const math_kernels *kernels;
+    atomic_int n;
+} told;
+
+/* Where everything is read, the scores of all rows add up to the state's mass. */
+static void listen(void *data, const attn_reading *r, arena *scratch)
+{
+    told *t = data;
+    float scores[GROUP * N], some[GROUP * N];
+    const int64_t n = r->pos + 1, from = r->near_first - 20, end = r->near_first + 20;
+    assert_true(r->selected->all && r->near_first > r->far_end - 1 && r->near_layer == 1);
+    assert_true(attn_reading_scores(r, t->kernels, 0, n, scores, scratch));
+    assert_true(attn_reading_scores(r, t->kernels, from, end, some, scratch));
+    for (int g = 0; g < GROUP; g++) {
+        double sum = 0;
+        for (int64_t i = 0; i < n; i++) sum += exp((double)scores[g * n + i] - (double)r->state->m[g]);
+        assert_true(fabs(sum / (double)r->state->l[g] - 1) < 1e-4);
+        for (int64_t i = from; i < end; i++) assert_true(fabsf(some[g * (end - from) + i - from] - scores[g * n + i]) < 1e-5F);
+    }
+    atomic_fetch_add(&t->n, 1);
+}
+
+static void observers_are_told_how_to_score_near_and_far_rows(void **state)
+{
+    (void)state;
+    setup *s = setup_make("full", true, 1);
+    told heard = {.kernels = s->kernels};
+    const attn_observer observer = {listen, &heard};
+    free(run(s, N - 1, 1, false, &observer));
+    assert_int_equal(atomic_load(&heard.n), HEADS_KV);
+    setup_free(s);
 }
 
 static void blocks_see_the_same(void **state)
@@ -212,7 +248,7 @@ static void a_block_reads_what_weighs_most_for_its_rows(void **state)
             turn(wanted, -DISTANCE, s->queries[pos][h]);
             turn_queries(s, pos, h);
         }
-    float *out = run(s, first, 150, true);
+    float *out = run(s, first, 150, true, NULL);
     check(s, out, first, 150, 0, 0, 0.02);
     free(out);
     setup_free(s);
@@ -457,6 +493,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(rows_see_near_tokens_where_they_are_and_all_others_at_one_distance),
+        cmocka_unit_test(observers_are_told_how_to_score_near_and_far_rows),
         cmocka_unit_test(blocks_see_the_same),
         cmocka_unit_test(what_is_not_selected_is_not_read),
         cmocka_unit_test(blocks_that_read_everything_equal_full_attention),
