@@ -173,7 +173,7 @@ def main():
     start = time.monotonic()
     note = lambda text: print(f"[{(time.monotonic() - start) / 60:5.1f} min] {text}", file=sys.stderr, flush=True)
     quarry = programs.Quarry(arguments.quarry, arguments.model, arguments.threads)
-    llama = programs.Llama(arguments.peer or programs.build_peer(arguments.threads), arguments.model, arguments.threads)
+    llama = programs.Llama(arguments.peer or programs.build_peer(arguments.threads, arguments.model), arguments.model, arguments.threads)
     rows = []
     quarry.bench(gens=[1])  # tells the kernels, before minutes are spent
     print_head(arguments, quarry, llama, note)

@@ -6,6 +6,7 @@ import collections
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,19 +39,28 @@ def run(command):
     return Finished(output, seconds, usage.ru_maxrss * 1024)
 
 
-def build_peer(n_threads):
+def compile_peer(source, build, n_threads, flags):
+    if not all((build / "bin" / target).exists() for target in PEER_TARGETS):
+        print("building llama.cpp's benchmarks (once, some minutes)", file=sys.stderr)
+        off = [f"-D{name}=OFF" for name in ("LLAMA_CURL", "LLAMA_OPENSSL", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_SERVER")]
+        flags = [f"-DCMAKE_{language}_FLAGS={flags}" for language in ("C", "CXX")]
+        run(["cmake", "-S", source, "-B", build, "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", *off, *flags])
+        run(["cmake", "--build", build, "--parallel", n_threads, "--target", *PEER_TARGETS])
+    return build / "bin"
+
+
+def build_peer(n_threads, model):
     """Builds llama.cpp for this machine, once, beside its source in the cache; returns the folder of its programs."""
     fetched = subprocess.run([ROOT / "scripts/fetch-llama.sh"], text=True, stdout=subprocess.PIPE, check=False)
     if fetched.returncode != 0:
         raise Failure("scripts/fetch-llama.sh could not fetch llama.cpp's source")
     source = pathlib.Path(fetched.stdout.strip())
-    build = source.with_name(source.name + "-build")
-    if not all((build / "bin" / target).exists() for target in PEER_TARGETS):
-        print("building llama.cpp's benchmarks (once, some minutes)", file=sys.stderr)
-        off = [f"-D{name}=OFF" for name in ("LLAMA_CURL", "LLAMA_OPENSSL", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_SERVER")]
-        run(["cmake", "-S", source, "-B", build, "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", *off])
-        run(["cmake", "--build", build, "--parallel", n_threads, "--target", *PEER_TARGETS])
-    return build / "bin"
+    programs = compile_peer(source, source.with_name(source.name + "-build"), n_threads, "")
+    probe = subprocess.run([programs / "llama-bench", "-m", model, "-p", "16", "-n", "0", "-r", "1"], capture_output=True, check=False)
+    if probe.returncode not in (-signal.SIGILL, -signal.SIGSEGV) or "amx_tile" not in pathlib.Path("/proc/cpuinfo").read_text(encoding="ascii"):
+        return programs
+    print("llama.cpp crashes in this machine's AMX, which a virtual machine may name and not run: taking a build without it", file=sys.stderr)
+    return compile_peer(source, source.with_name(source.name + "-build-noamx"), n_threads, "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16")
 
 
 # ---- what they print ----
