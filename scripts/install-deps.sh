@@ -10,7 +10,7 @@ if [ "${1:-}" = --check ]; then look_only=1; shift; fi
 # package[:command] - a command found in PATH does as well as the package
 build=(gcc:gcc libc6-dev binutils:objcopy make:make cmake:cmake libjansson-dev nettle-dev libsqlite3-dev libxxhash-dev)
 demo=("${build[@]}" python3:python3 python3-pip:pip3 ca-certificates)
-check=("${demo[@]}" libcmocka-dev clang:clang libclang-rt-dev clang-format:clang-format)
+check=("${demo[@]}" python3-xxhash libcmocka-dev clang:clang libclang-rt-dev clang-format:clang-format)
 bench=("${demo[@]}" g++:g++)
 case "${1:-}" in
     build) wanted=("${build[@]}") ;;

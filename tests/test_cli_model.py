@@ -20,7 +20,8 @@ from html import unescape as html_text
 QUARRY = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "build") / "quarry"
 TINY_MODEL = os.path.join(os.environ.get("QUARRY_TINY_MODELS", ""), "llama-q4_1.gguf")
 REAL_MODEL = os.environ.get("QUARRY_TEST_MODEL")
-ENVIRONMENT = dict(os.environ, QUARRY_MODEL=TINY_MODEL)
+STORES = tempfile.TemporaryDirectory()  # every run has a store of its own there, but where a test is about stores
+ENVIRONMENT = dict(os.environ, QUARRY_MODEL=TINY_MODEL, QUARRY_STORE=STORES.name)
 CODE = "7316402"
 FACT = f"One of the special magic numbers for lighthouse is: {CODE}. "
 QUESTION = "What is the special magic number for lighthouse?"
@@ -37,9 +38,11 @@ def filler(n_sentences):
     return "".join(f"{r.choice(who).capitalize()} {r.choice(did)} {r.choice(when)}. " for _ in range(n_sentences))
 
 
-def quarry(*arguments, text=None, isa=None, **options):
+def quarry(*arguments, text=None, isa=None, store=None, **options):
     options.setdefault("stdout", subprocess.PIPE)
-    environment = dict(ENVIRONMENT, QUARRY_ISA=isa) if isa else ENVIRONMENT
+    environment = dict(ENVIRONMENT, QUARRY_STORE=store or tempfile.mkdtemp(dir=STORES.name))
+    if isa:
+        environment["QUARRY_ISA"] = isa
     if text is None:
         options.setdefault("stdin", subprocess.DEVNULL)
     return subprocess.run([QUARRY, *arguments], input=text, stderr=subprocess.PIPE, env=environment, timeout=HANGS, text=True, **options)
@@ -125,9 +128,10 @@ class CliModel(unittest.TestCase):
         self.assertRegex(result.stderr, r"none/page\.html: .*No such file")
 
     def test_a_document_from_standard_input_answers_as_its_file(self):
-        text = pathlib.Path(self.document).read_text()
+        text, same_name = pathlib.Path(self.document).read_text(), os.path.join(self.folder.name, "standard input")
+        pathlib.Path(same_name).write_text(text)
         piped = quarry("ask", "-q", "--doc", "-", QUESTION, text=text)
-        self.assertEqual(piped.stdout, self.ask("-q").stdout)
+        self.assertEqual(piped.stdout, quarry("ask", "-q", "--doc", same_name, QUESTION).stdout)
 
     def test_of_several_documents_each_is_read_under_its_name(self):
         one = json.loads(self.ask("--json", "-n", "1").stdout)["read"]["tokens"]
@@ -255,6 +259,49 @@ class CliModel(unittest.TestCase):
         self.assertIn(process.wait(timeout=HANGS), (141, -signal.SIGPIPE))
         self.assertEqual(process.stderr.read(), b"")
         process.stderr.close()
+
+    def test_a_document_is_read_once(self):
+        store = tempfile.mkdtemp(dir=STORES.name)
+        first = quarry("ask", "--json", "-n", "4", "--doc", self.document, QUESTION, store=store)
+        again = quarry("ask", "--json", "-n", "4", "--doc", self.document, QUESTION, store=store)
+        first, again = json.loads(first.stdout), json.loads(again.stdout)
+        self.assertEqual(first["answer"], again["answer"])
+        self.assertEqual((first["stored"]["taken"]["tokens"], again["read"]["tokens"]), (0, 0))
+        self.assertEqual(again["stored"]["taken"]["tokens"], first["read"]["tokens"])
+        self.assertGreater(first["stored"]["kept"]["bytes"], 0)
+        self.assertEqual(again["stored"]["kept"]["bytes"], 0)
+        self.assertNotIn("stored", json.loads(quarry("ask", "--no-store", "--json", "-n", "4", "--doc", self.document, QUESTION, store=store).stdout))
+        self.assertIn("read before", quarry("ask", "-n", "4", "--doc", self.document, QUESTION, store=store).stderr)
+
+    def test_contexts_are_made_listed_verified_carried_and_removed(self):
+        store, away = tempfile.mkdtemp(dir=STORES.name), os.path.join(self.folder.name, "away")
+        more = os.path.join(self.folder.name, "more.txt")
+        pathlib.Path(more).write_text(filler(30))
+        made = quarry("context", "create", "--doc", self.document, "--doc", more, store=store)
+        self.assertRegex(made.stdout, r"^(\d+) tokens are kept: 0 were, \1 are new", made.stderr)
+        listed = json.loads(quarry("context", "list", "--json", store=store).stdout)
+        (context,) = listed["contexts"]
+        self.assertEqual((context["documents"], context["pieces"], listed["pieces"]), (["island.txt", "more.txt"], 2, 2))
+        number = str(context["id"])
+        self.assertIn("island.txt, more.txt", quarry("context", "list", store=store).stdout)
+        self.assertIn("document more.txt", quarry("context", "info", number, store=store).stdout)
+        self.assertIn("all checksums are right", quarry("context", "verify", store=store).stdout)
+        self.assertEqual(quarry("context", "export", number, away, store=store).returncode, 0)
+        taken = json.loads(quarry("ask", "--json", "-n", "1", "--store", away, "--doc", self.document, "--doc", more, "What?").stdout)
+        self.assertEqual(taken["stored"]["taken"]["tokens"], context["tokens"])
+        for wrong in (["rm", "99"], ["rm", number, "99"], ["info", "x"], ["export", "99", away]):
+            failed = quarry("context", *wrong, store=store)
+            self.assertEqual((failed.returncode, failed.stdout), (1, ""))
+            self.assertIn("no stored context has the number", failed.stderr)
+        piece = next(pathlib.Path(store).glob("*.piece"))
+        damaged = bytearray(piece.read_bytes())
+        damaged[-50] ^= 1
+        piece.write_bytes(damaged)
+        failed = quarry("context", "verify", store=store)
+        self.assertEqual(failed.returncode, 1)
+        self.assertIn(piece.name, failed.stderr)
+        self.assertIn("removed 1 contexts, 2 files", quarry("context", "rm", number, store=store).stdout)
+        self.assertEqual(list(pathlib.Path(store).glob("*.piece")), [])
 
     def test_an_interrupt_while_reading_ends_it(self):
         controller, terminal = pty.openpty()

@@ -72,7 +72,9 @@ static void one_document_is_a_user_message_that_the_question_ends(void **state)
     const fixture *f = *state;
     quarry_document d = {.name = "a.txt", .text = "the sea", .n_bytes = 7};
     quarry_prompt p = build(f->model, &d, 1, "be brief", "who?");
-    assert_string_equal(text_of(f->model, p.context, p.n_context), "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nthe sea");
+    assert_string_equal(text_of(f->model, p.context, p.n_context),
+                        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n# a.txt\n\nthe sea");
+    assert_int_equal(p.ends[0], p.n_context);
     assert_string_equal(text_of(f->model, p.question, p.n_question), "\n\nwho?<|im_end|>\n<|im_start|>assistant\n");
     quarry_prompt_free(&p);
     assert_null(p.context);
@@ -85,6 +87,22 @@ static void several_documents_are_headed_by_their_names(void **state)
     quarry_prompt p = build(f->model, d, 2, NULL, "who?");
     assert_string_equal(text_of(f->model, p.context, p.n_context), "<|im_start|>user\n# a.txt\n\nthe sea\n\n# Document 2\n\nthe land\n");
     quarry_prompt_free(&p);
+}
+
+static void a_document_does_not_depend_on_those_after_it(void **state)
+{
+    const fixture *f = *state;
+    quarry_document d[] = {{"a.txt", "the sea", 7}, {"b.txt", "the land\n", 9}, {NULL, "on the", 6}};
+    quarry_prompt all = build(f->model, d, 3, NULL, "who?");
+    for (int n = 1; n < 3; n++) {
+        quarry_prompt p = build(f->model, d, n, NULL, "who?");
+        assert_true(p.n_context < all.n_context);
+        assert_memory_equal(p.context, all.context, (size_t)p.n_context * sizeof *p.context);
+        assert_memory_equal(p.ends, all.ends, (size_t)n * sizeof *p.ends);
+        assert_int_equal(p.ends[n - 1], p.n_context);
+        quarry_prompt_free(&p);
+    }
+    quarry_prompt_free(&all);
 }
 
 static void the_context_does_not_depend_on_the_question(void **state)
@@ -396,6 +414,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(one_document_is_a_user_message_that_the_question_ends),
         cmocka_unit_test(several_documents_are_headed_by_their_names),
+        cmocka_unit_test(a_document_does_not_depend_on_those_after_it),
         cmocka_unit_test(the_context_does_not_depend_on_the_question),
         cmocka_unit_test(neither_document_nor_question_can_forge_a_turn),
         cmocka_unit_test(a_question_needs_no_document_but_must_not_be_blank),

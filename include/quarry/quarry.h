@@ -150,11 +150,12 @@ typedef struct quarry_document {
 } quarry_document;
 
 /* A question over documents through the model's chat template, as two token arrays (freed with quarry_free): `context` is all up to
- * the end of the documents, `question` the rest, so that a document's tokens do not depend on the question. system may be NULL.
- * Errors: ARGUMENT (no question, a document without text), UNSUPPORTED (no known chat template), MEMORY. */
+ * the end of the documents, `question` the rest, so that a document's tokens do not depend on the question, nor on the documents after it. A document's
+ * name stands above it as a heading; system may be NULL. Errors: ARGUMENT (no question, a document without text), UNSUPPORTED (no known chat template), MEMORY. */
 typedef struct quarry_prompt {
     int32_t *context, *question;
     int64_t n_context, n_question;
+    int64_t *ends; /* [n_documents] position in context behind each document */
 } quarry_prompt;
 
 QUARRY_API int quarry_prompt_build(const quarry_model *model, const quarry_document *documents, int n_documents, const char *system,
@@ -245,6 +246,37 @@ typedef enum quarry_stop_reason {
  * *reason (may be NULL) tells why it stopped. Errors: ARGUMENT (no logits to go on from, sampling parameters), MEMORY. */
 QUARRY_API int quarry_session_generate(quarry_session *session, const quarry_sampling *sampling, quarry_text_fn on_text, void *data,
                                        quarry_stop_reason *reason, quarry_error *error);
+
+/* ---- stored contexts: what was read once is not read again -------------------------------------------------------- */
+
+/* A folder of contexts that were read, of any models. Any number of processes may use it at once; a store object belongs to one thread at a time. */
+typedef struct quarry_store quarry_store;
+
+typedef struct quarry_store_params {
+    const char *folder; /* NULL: $QUARRY_STORE, else quarry/contexts in the user's cache folder; made if absent, for this user only */
+    uint64_t max_bytes; /* what its files may take: the longest unused are removed first; 0: 10 GiB */
+    quarry_log_fn log;  /* is told what was repaired; may be NULL */
+    void *log_data;
+} quarry_store_params;
+
+/* params may be NULL. Errors: IO, FORMAT, UNSUPPORTED (made by a newer version), MEMORY. */
+QUARRY_API quarry_store *quarry_store_open(const quarry_store_params *params, quarry_error *error);
+QUARRY_API void quarry_store_close(quarry_store *store);
+
+typedef struct quarry_stored {
+    int64_t n_taken; /* tokens that came from the store instead of being read */
+    int64_t n_kept;  /* tokens that the store has now and had not before */
+    double take_seconds, keep_seconds;
+    uint64_t kept_bytes; /* written to the store */
+    char note[512];      /* one line: why a stored context that is nearly the same was not taken, or why this one is not kept; else "" */
+} quarry_stored;
+
+/* Reads tokens[n] into an empty session as quarry_session_read does, but takes the longest beginning that the store holds from there, if its token ids, the
+ * model and the index are exactly these, and keeps what it reads. ends[n_ends], ascending: where documents end; so far they can be taken again when others follow. names: of
+ * the documents, a line each, for lists; may be NULL. store NULL: only reads. A store that fails is told in info->note (info may be NULL) and does not keep the text from being read. */
+QUARRY_API int quarry_session_read_stored(quarry_session *session, quarry_store *store, const int32_t *tokens, int64_t n,
+                                          const int64_t *ends, int n_ends, const char *names, const quarry_watch *watch,
+                                          quarry_stored *info, quarry_error *error);
 
 /* ---- citations ------------------------------------------------------------------------------------------------- */
 

@@ -99,6 +99,8 @@ typedef struct attn_selection {
     bool all; /* every far token (ids unused) */
 } attn_selection;
 
+typedef struct attn_saving attn_saving; /* below */
+
 /* A policy is a table of functions over a state that covers all layers and KV heads of one session. Functions marked (parallel) may be called at the same time for different
  * (layer, head), never twice for the same one. q is post-RoPE, not scaled. Positions are absolute. */
 typedef struct attn_policy_type {
@@ -133,7 +135,36 @@ typedef struct attn_policy_type {
     /* Forget positions >= n (n may lie inside a sealed segment: only live tokens are selected and estimated). */
     void (*truncate)(attn_policy *p, int64_t n);
     size_t (*bytes)(const attn_policy *p);
+    const attn_saving *saving; /* NULL: its index is not kept in saved contexts */
 } attn_policy_type;
+
+/* What a saved context keeps of an index: its sealed segments, and a state. Segments are counted from 0. */
+typedef struct attn_saved_segment {
+    int64_t first, n;  /* positions [first, first + n) */
+    size_t part_bytes; /* that save_part writes */
+} attn_saved_segment;
+
+struct attn_saving {
+    /* The options that shape the index, and the version of its making: what two policies of the same text make can be exchanged. */
+    void (*describe)(const attn_policy *p, char *text, size_t size);
+    int64_t (*n_segments)(const attn_policy *p);
+    attn_saved_segment (*segment)(const attn_policy *p, int64_t i);
+    /* (parallel) The token, counted from the segment's first, of every slot [n]: the order in which the index has them. NULL: as they come. */
+    const uint16_t *(*order)(const attn_policy *p, int64_t i, int layer, int head);
+    void (*save_part)(const attn_policy *p, int64_t i, int layer, int head, uint8_t *out); /* (parallel) */
+    size_t (*state_bytes)(const attn_policy *p);
+    void (*save_state)(const attn_policy *p, uint8_t *out);
+    /* Loading, into a policy that holds nothing. First every segment: room for one of n tokens behind the others, then its parts. Bytes are not trusted: FORMAT (without a
+     * message) if they cannot be what was saved. */
+    quarry_code (*load_segment)(attn_policy *p, int64_t n, size_t part_bytes, quarry_error *error);
+    /* (parallel) order[n]: every token once, as `order` gave it. */
+    quarry_code (*load_part)(attn_policy *p, int64_t i, int layer, int head, const uint16_t *order, const uint8_t *bytes);
+    /* Then the state of a context of `length` tokens. */
+    quarry_code (*load_state)(attn_policy *p, const uint8_t *bytes, size_t n_bytes, int64_t length, quarry_error *error);
+    /* (parallel) What is made of the rows of segment i, which are in kv now; last, with i == n_segments, of those that no segment holds. */
+    void (*load_rows)(attn_policy *p, int64_t i, int layer, int head, const kv_seq *kv, arena *scratch);
+    void (*load_commit)(attn_policy *p);
+};
 
 /* Every policy's state starts with this. */
 struct attn_policy {

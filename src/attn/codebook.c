@@ -19,60 +19,18 @@ enum { VERSION = 2 };
 
 static const char magic[8] = {'Q', 'U', 'A', 'R', 'R', 'Y', 'C', 'B'};
 
-static void put32(uint8_t *out, int32_t value)
-{
-    for (int i = 0; i < 4; i++) out[i] = (uint8_t)((uint32_t)value >> 8 * i);
-}
-
-static void put64(uint8_t *out, uint64_t value)
-{
-    for (int i = 0; i < 8; i++) out[i] = (uint8_t)(value >> 8 * i);
-}
-
-static uint64_t get64(const uint8_t *in)
-{
-    uint64_t value = 0;
-    for (int i = 7; i >= 0; i--) value = value << 8 | in[i];
-    return value;
-}
-
-static uint32_t bits_of(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-static float float_of(int32_t bits)
-{
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-static int32_t get32(const uint8_t *in)
-{
-    return (int32_t)((uint32_t)in[0] | (uint32_t)in[1] << 8 | (uint32_t)in[2] << 16 | (uint32_t)in[3] << 24);
-}
-
 void codebook_header_pack(const codebook_header *h, uint8_t out[CODEBOOK_HEADER])
 {
     const uint64_t longs[] = {h->fingerprint, h->text_digest, h->seed, (uint64_t)h->n_text, (uint64_t)h->n_random};
-    const int32_t ints[] = {h->n_layer,
-                            h->n_head_kv,
-                            h->head_dim,
-                            h->n_centroids,
-                            h->iterations,
-                            h->distance,
-                            h->exact_rope,
-                            (int32_t)h->type,
-                            (int32_t)bits_of(h->exponent),
-                            (int32_t)bits_of(h->shrink)};
+    const int32_t ints[] = {h->n_layer,    h->n_head_kv, h->head_dim,   h->n_centroids,
+                            h->iterations, h->distance,  h->exact_rope, (int32_t)h->type};
     memset(out, 0, CODEBOOK_HEADER);
     memcpy(out, magic, sizeof magic);
     put32(out + 8, VERSION);
     for (int i = 0; i < 5; i++) put64(out + 16 + 8 * i, longs[i]);
-    for (int i = 0; i < 10; i++) put32(out + 56 + 4 * i, ints[i]);
+    for (int i = 0; i < 8; i++) put32(out + 56 + 4 * i, (uint32_t)ints[i]);
+    put_float(out + 88, h->exponent);
+    put_float(out + 92, h->shrink);
     put64(out + 120, XXH3_64bits(out, 120));
 }
 
@@ -81,7 +39,7 @@ quarry_code codebook_header_parse(codebook_header *h, const uint8_t *bytes, size
     if (n_bytes < CODEBOOK_HEADER || memcmp(bytes, magic, sizeof magic) != 0)
         return error_set(error, QUARRY_ERROR_FORMAT, "%s: not a codebook (make one with 'quarry calibrate')", name);
     if (get32(bytes + 8) != VERSION)
-        return error_set(error, QUARRY_ERROR_UNSUPPORTED, "%s: codebook of version %d, this program reads version %d", name,
+        return error_set(error, QUARRY_ERROR_UNSUPPORTED, "%s: codebook of version %u, this program reads version %d", name,
                          get32(bytes + 8), VERSION);
     if (get64(bytes + 120) != XXH3_64bits(bytes, 120))
         return error_set(error, QUARRY_ERROR_FORMAT, "%s: damaged codebook: the checksum of its header is wrong", name);
@@ -91,16 +49,16 @@ quarry_code codebook_header_parse(codebook_header *h, const uint8_t *bytes, size
         .seed = get64(bytes + 32),
         .n_text = (int64_t)get64(bytes + 40),
         .n_random = (int64_t)get64(bytes + 48),
-        .n_layer = get32(bytes + 56),
-        .n_head_kv = get32(bytes + 60),
-        .head_dim = get32(bytes + 64),
-        .n_centroids = get32(bytes + 68),
-        .iterations = get32(bytes + 72),
-        .distance = get32(bytes + 76),
+        .n_layer = (int32_t)get32(bytes + 56),
+        .n_head_kv = (int32_t)get32(bytes + 60),
+        .head_dim = (int32_t)get32(bytes + 64),
+        .n_centroids = (int32_t)get32(bytes + 68),
+        .iterations = (int32_t)get32(bytes + 72),
+        .distance = (int32_t)get32(bytes + 76),
         .exact_rope = get32(bytes + 80) != 0,
         .type = (codebook_type)get32(bytes + 84),
-        .exponent = float_of(get32(bytes + 88)),
-        .shrink = float_of(get32(bytes + 92)),
+        .exponent = get_float(bytes + 88),
+        .shrink = get_float(bytes + 92),
     };
     if (h->n_layer < 1 || h->n_layer > 65536 || h->n_head_kv < 1 || h->n_head_kv > 65536 || codebook_record_bytes(h) == 0 ||
         h->distance < 0 || h->type > CODEBOOK_INT8 || !isfinite(h->exponent) || !isfinite(h->shrink))
@@ -143,7 +101,7 @@ void codebook_record_pack(const codebook_header *h, const codebook_head *head, u
     const size_t lower = (size_t)h->head_dim * (size_t)h->head_dim * sizeof(float), all = codebook_record_bytes(h);
     memcpy(out, head->lower, lower);
     memcpy(out + lower, centroids_of(h, head), codebook_centroid_bytes(h));
-    put32(out + all - 16, head->iterations);
+    put32(out + all - 16, (uint32_t)head->iterations);
     put32(out + all - 12, 0);
     put64(out + all - 8, XXH3_64bits(out, all - 8));
 }
@@ -161,7 +119,7 @@ bool codebook_record_parse(const codebook_header *h, const uint8_t *bytes, codeb
     if (get64(bytes + all - 8) != XXH3_64bits(bytes, all - 8)) return false;
     memcpy(head->lower, bytes, lower);
     memcpy(centroids_of(h, head), bytes + lower, codebook_centroid_bytes(h));
-    head->iterations = get32(bytes + all - 16);
+    head->iterations = (int32_t)get32(bytes + all - 16);
     if (!all_finite(head->lower, d * d)) return false;
     if (h->type == CODEBOOK_INT8) return all_finite(head->mean, d + k);
     for (size_t i = 0; i < k * d; i++)

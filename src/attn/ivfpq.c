@@ -211,4 +211,5 @@ const attn_policy_type attn_ivfpq = {
     .tail = ivfpq_tail,
     .truncate = ivfpq_truncate,
     .bytes = ivfpq_bytes,
+    .saving = &ivfpq_saving,
 };

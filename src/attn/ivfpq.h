@@ -104,6 +104,10 @@ static inline int64_t ivfpq_outliers(const ivfpq *p, int64_t n)
 
 /* ---- ivfpq_build.c ---- */
 
+extern const attn_saving ivfpq_saving; /* ivfpq_save.c */
+
+int64_t ivfpq_cluster_count(const ivfpq *p, int64_t n, bool sealed); /* most clusters of a segment of n tokens */
+
 /* Tokens of the segment that begins at position `first`, when it is full. */
 int64_t ivfpq_full_segment(const ivfpq *p, int64_t first);
 
@@ -119,6 +123,12 @@ quarry_code ivfpq_reserve_seal(attn_policy *p, quarry_error *error);
 void ivfpq_seal(attn_policy *p, int layer, int head, const kv_seq *kv, arena *scratch);
 void ivfpq_commit_seal(attn_policy *p);
 void ivfpq_drop_pending(ivfpq *p);
+/* An open segment with room for n tokens; one that is large enough stays. */
+quarry_code ivfpq_grow_open(ivfpq *p, int64_t n, quarry_error *error);
+/* One more sealed segment, of n tokens, to be filled. */
+quarry_code ivfpq_push_loaded(ivfpq *p, int64_t n, quarry_error *error);
+void ivfpq_load_rows(attn_policy *p, int64_t i, int layer, int head, const kv_seq *kv, arena *scratch);
+void ivfpq_load_commit(attn_policy *p);
 /* The queries ahead become seen ones. */
 void ivfpq_catch_up(ivfpq *p);
 

@@ -42,7 +42,7 @@ static ivfpq_layout layout_make(const ivfpq *p, int64_t n, int64_t n_clusters, b
     return l;
 }
 
-static int64_t cluster_count(const ivfpq *p, int64_t n, bool sealed)
+int64_t ivfpq_cluster_count(const ivfpq *p, int64_t n, bool sealed)
 {
     int64_t size = sealed ? (int64_t)p->options.size : IVFPQ_RUN;
     return (n + size - 1) / size;
@@ -54,7 +54,7 @@ ivfpq_segment *ivfpq_segment_create(const ivfpq *p, int64_t n, bool sealed, quar
     if (!s) return NULL;
     atomic_init(&s->n_refs, 1);
     s->n = n;
-    s->layout = layout_make(p, n, cluster_count(p, n, sealed), sealed);
+    s->layout = layout_make(p, n, ivfpq_cluster_count(p, n, sealed), sealed);
     s->bytes = s->layout.total * (size_t)p->n_parts;
     s->memory = memory_aligned((size_t)p->n_parts, s->layout.total, "key index", error);
     if (!s->memory) {
@@ -353,7 +353,7 @@ static void build_part(builder *b, int64_t index)
     const ivfpq *p = b->p;
     const ivfpq_segment *s = p->sealed[index];
     ivfpq_part part = ivfpq_part_of(p, s, b->part);
-    int64_t d = p->d, n = s->n, k = cluster_count(p, n, true);
+    int64_t d = p->d, n = s->n, k = ivfpq_cluster_count(p, n, true);
     part.status->coded = false;
     read_keys(b, s->first, n);
     memset(part.centre, 0, (size_t)d * sizeof *part.centre);
@@ -417,7 +417,7 @@ static int64_t pending_tokens(const ivfpq *p)
 }
 
 /* A larger open segment once those before it are sealed: nothing of the old one is needed then. */
-static quarry_code grow_open(ivfpq *p, int64_t n, quarry_error *error)
+quarry_code ivfpq_grow_open(ivfpq *p, int64_t n, quarry_error *error)
 {
     if (p->open && p->open->n >= n) return QUARRY_OK;
     ivfpq_segment *open = ivfpq_segment_create(p, n, false, error);
@@ -435,7 +435,7 @@ quarry_code ivfpq_reserve(attn_policy *policy, int64_t n, quarry_error *error)
     quarry_code code = QUARRY_OK;
     for (; rest >= (full = ivfpq_full_segment(p, first)) && code == QUARRY_OK; first += full, rest -= full)
         code = push_pending(p, first, full, error);
-    if (code == QUARRY_OK) code = grow_open(p, full, error);
+    if (code == QUARRY_OK) code = ivfpq_grow_open(p, full, error);
     if (code != QUARRY_OK) ivfpq_drop_pending(p);
     return code;
 }
@@ -506,5 +506,50 @@ void ivfpq_commit_seal(attn_policy *policy)
         p->n_sealed += p->n_pending;
         p->n_pending = 0;
     }
+    p->n_coded = p->n_sealed ? p->n_open : 0;
+}
+
+/* ---- a saved index ---- */
+
+quarry_code ivfpq_push_loaded(ivfpq *p, int64_t n, quarry_error *error)
+{
+    const quarry_code code = push_pending(p, p->open_first, n, error);
+    if (code != QUARRY_OK) return code;
+    p->n_pending = 0;
+    p->n_sealed++;
+    p->open_first += n;
+    p->base.n_far = p->open_first;
+    return QUARRY_OK;
+}
+
+/* The 4-bit keys of a segment, in the order of its slots. */
+static void restore_keys(const ivfpq *p, const ivfpq_segment *s, const ivfpq_part *part, int layer, int head, const kv_seq *kv, float *x)
+{
+    const int d = p->d;
+    for (int64_t slot = 0; slot < s->n; slot++) {
+        kv_read_key(p->base.kernels, kv_row(kv, layer, head, s->first + part->order[slot]), &p->base.shape.kv, x);
+        for (int i = 0; i < d; i++) x[i] -= part->centre[i];
+        part->key_scale[slot] = vq_quantise_i4(x, d, part->keys + slot * (d / 2));
+    }
+}
+
+void ivfpq_load_rows(attn_policy *policy, int64_t i, int layer, int head, const kv_seq *kv, arena *scratch)
+{
+    ivfpq *p = (ivfpq *)policy;
+    const int part = layer * p->base.shape.kv.n_head_kv + head;
+    builder b;
+    if (i < p->n_sealed) {
+        const ivfpq_part sealed = ivfpq_part_of(p, p->sealed[i], part);
+        float *x = arena_alloc(scratch, (size_t)p->d, sizeof *x, NULL);
+        if (!x) sealed.status->coded = false;
+        if (sealed.status->coded) restore_keys(p, p->sealed[i], &sealed, layer, head, kv, x);
+    } else if (p->n_sealed && p->n_open) {
+        if (builder_init(&b, p, kv, layer, head, p->n_open, scratch)) code_open(&b, p->n_sealed - 1, p->open_first, 0, p->n_open);
+    }
+}
+
+void ivfpq_load_commit(attn_policy *policy)
+{
+    ivfpq *p = (ivfpq *)policy;
     p->n_coded = p->n_sealed ? p->n_open : 0;
 }

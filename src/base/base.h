@@ -3,6 +3,7 @@
 #define BASE_H
 
 #include "base/arena.h"
+#include "base/bytes.h"
 #include "base/cpu.h"
 #include "base/error.h"
 #include "base/file.h"

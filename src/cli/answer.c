@@ -24,18 +24,19 @@ int answer_check_room(const quarry_model *model, const answer_settings *settings
         what, (long long)n_tokens, (long long)info.n_ctx_train);
 }
 
-int answer_read(quarry_session *session, const answer_settings *settings, const int32_t *context, int64_t n_context,
-                const int32_t *question, int64_t n_question, bool cite)
+int answer_read(quarry_session *session, const answer_settings *settings, const answer_input *input, quarry_stored *stored)
 {
     cli_progress reading, asking;
     quarry_error error;
     quarry_watch watch = cli_progress_start(&reading, "reading", settings->output.quiet);
     cli_work_begin();
-    int failed = quarry_session_read(session, context, n_context, &watch, &error);
+    int failed = quarry_session_read_stored(session, input->store, input->context, input->n_context, input->ends, input->n_ends,
+                                            input->names, &watch, stored, &error);
     cli_progress_end(&reading);
+    if (!failed && *stored->note && !settings->output.quiet) fprintf(stderr, "quarry: %s\n", stored->note);
     watch = cli_progress_start(&asking, "asking", true);
-    if (!failed && cite) failed = quarry_session_cite(session, &error);
-    if (!failed) failed = quarry_session_feed(session, question, n_question, &watch, &error);
+    if (!failed && input->cite) failed = quarry_session_cite(session, &error);
+    if (!failed) failed = quarry_session_feed(session, input->question, input->n_question, &watch, &error);
     cli_work_end();
     if (failed) return cli_fail_error(&error);
     return cli_interrupted() ? cli_fail_interrupted() : CLI_OK;
@@ -79,8 +80,9 @@ typedef struct report {
     const answer_settings *settings;
     quarry_stats stats;
     quarry_stop_reason reason;
-    size_t resident_bytes;    /* most the process ever held */
-    const cite_request *cite; /* NULL: no citations */
+    size_t resident_bytes;       /* most the process ever held */
+    const quarry_stored *stored; /* NULL: no store */
+    const cite_request *cite;    /* NULL: no citations */
     cite_result citations;
 } report;
 
@@ -112,8 +114,15 @@ static void print_report(const report *r)
     char a[32], b[32], c[32], d[32], e[32];
     quarry_model_info info;
     quarry_model_get_info(r->model, &info);
-    fprintf(stderr, "\nread       %lld tokens in %.2f s, %.0f tokens/s\n", (long long)s->n_read, s->read_seconds,
-            per_second(s->n_read, s->read_seconds));
+    fprintf(stderr, "\n");
+    if (r->stored && r->stored->n_taken)
+        fprintf(stderr, "stored     %lld tokens, read before, in %.2f s\n", (long long)r->stored->n_taken, r->stored->take_seconds);
+    if (s->n_read || !r->stored || !r->stored->n_taken)
+        fprintf(stderr, "read       %lld tokens in %.2f s, %.0f tokens/s\n", (long long)s->n_read, s->read_seconds,
+                per_second(s->n_read, s->read_seconds));
+    if (r->stored && r->stored->kept_bytes)
+        fprintf(stderr, "kept       %.1f MB in %.2f s: not to be read again\n", (double)r->stored->kept_bytes / 1e6,
+                r->stored->keep_seconds);
     if (s->n_fed) fprintf(stderr, "question   %lld tokens in %.2f s\n", (long long)s->n_fed, s->feed_seconds);
     fprintf(stderr, "answer     %lld tokens in %.2f s, %.1f tokens/s%s\n", (long long)s->n_generated, s->generate_seconds,
             per_second(s->n_generated, s->generate_seconds), reason_notes[r->reason]);
@@ -149,9 +158,19 @@ static json_t *answer_json(const report *r, const answer_text *answer)
         "scratch", (json_int_t)s->scratch_bytes, "peak_resident", (json_int_t)r->resident_bytes);
 }
 
+static json_t *stored_json(const quarry_stored *s)
+{
+    return json_pack("{s:o, s:o, s:s}", "taken", count_json(s->n_taken, s->take_seconds), "kept",
+                     json_pack("{s:I, s:f}", "bytes", (json_int_t)s->kept_bytes, "seconds", s->keep_seconds), "note", s->note);
+}
+
 static json_t *report_json(const report *r, const answer_text *answer)
 {
     json_t *all = answer_json(r, answer);
+    if (all && r->stored && json_object_set_new(all, "stored", stored_json(r->stored))) {
+        json_decref(all);
+        return NULL;
+    }
     if (all && r->cite && json_object_set_new(all, "citations", cite_json(r->cite, &r->citations))) {
         json_decref(all);
         return NULL;
@@ -182,10 +201,10 @@ static int report_write(report *r, const quarry_session *session, const answer_t
 }
 
 int answer_run(const quarry_model *model, quarry_session *session, const answer_settings *settings, const quarry_sampling *sampling,
-               const cite_request *cite)
+               const quarry_stored *stored, const cite_request *cite)
 {
     answer_text answer = {.print = !settings->output.json, .collect = settings->output.json || cite};
-    report r = {.model = model, .settings = settings, .cite = cite};
+    report r = {.model = model, .settings = settings, .stored = stored, .cite = cite};
     quarry_error error;
     int code = CLI_OK;
     cli_work_begin();

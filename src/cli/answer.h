@@ -22,13 +22,23 @@ typedef struct answer_settings {
 /* Fails, before any work, if n tokens leave no room for an answer; what: "the documents and the question take". */
 int answer_check_room(const quarry_model *model, const answer_settings *settings, int64_t n_tokens, const char *what);
 
-/* Reads `context` with dense attention and then feeds `question` (n_question may be 0), with progress; cite: what the question and the answer attend to is noted. Returns an exit code. */
-int answer_read(quarry_session *session, const answer_settings *settings, const int32_t *context, int64_t n_context,
-                const int32_t *question, int64_t n_question, bool cite);
+/* What is read before the answer. */
+typedef struct answer_input {
+    const int32_t *context, *question; /* question[0]: none */
+    int64_t n_context, n_question;
+    const int64_t *ends; /* [n_ends] of the documents in context */
+    int n_ends;
+    const char *names;   /* of the documents, a line each; NULL */
+    quarry_store *store; /* NULL: nothing is taken from one or kept */
+    bool cite;           /* what the question and the answer attend to is noted */
+} answer_input;
 
-/* Generates after the session's last token; prints the answer as it comes, the passages it was written from if citations are wanted (cite, else NULL), and the statistics at the
+/* Reads the context with dense attention, as far as it is not stored, and then feeds the question, with progress. *stored receives what the store gave and took. Returns an exit code. */
+int answer_read(quarry_session *session, const answer_settings *settings, const answer_input *input, quarry_stored *stored);
+
+/* Generates after the session's last token; stored: what answer_read got, NULL where there is no store. Prints the answer as it comes, the passages it was written from if citations are wanted (cite, else NULL), and the statistics at the
  * end, or all as JSON. Returns an exit code. */
 int answer_run(const quarry_model *model, quarry_session *session, const answer_settings *settings, const quarry_sampling *sampling,
-               const cite_request *cite);
+               const quarry_stored *stored, const cite_request *cite);
 
 #endif

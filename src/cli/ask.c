@@ -1,9 +1,12 @@
+#include <stdio.h>
 #include <string.h>
 
 #include "cli/answer.h"
+#include "cli/documents.h"
 
 typedef struct ask_settings {
     answer_settings answer;
+    cli_store_options store;
     cli_list documents;
     const char *system, *cite_html;
     int64_t cite; /* -1: as many as usual, 0: not asked for */
@@ -19,51 +22,12 @@ static const cli_option ask_table[] = {{"--doc", "FILE", CLI_LIST, offsetof(ask_
                                         "list up to N passages (5) that the answer was written from", 1, 1000},
                                        {"--cite-html", "FILE", CLI_TEXT, offsetof(ask_settings, cite_html), NULL,
                                         "write a page with the answer and the documents, those passages marked", 0, 0},
+                                       {"--no-store", NULL, CLI_SWITCH, offsetof(ask_settings, store.off), NULL,
+                                        "read the documents anew: take nothing from the store, and keep nothing", 0, 0},
                                        {0}};
 
-static const cli_group ask_groups[] = {{"Question", ask_table, 0}, ANSWER_GROUPS, {0}};
-
-/* ---- documents ---- */
-
-static const char *base_name(const char *path)
-{
-    const char *slash = strrchr(path, '/');
-    return slash ? slash + 1 : path;
-}
-
-static bool is_blank(const char *text, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        if (!strchr(" \t\r\n\v\f", text[i]) || !text[i]) return false;
-    return true;
-}
-
-static void documents_free(quarry_document *documents, int n)
-{
-    for (int i = 0; documents && i < n; i++) memory_free((void *)documents[i].text);
-    memory_free(documents);
-}
-
-static int documents_read(quarry_document **documents, const cli_list *paths)
-{
-    *documents = memory_zero((size_t)paths->n, sizeof **documents, "documents", NULL);
-    if (!*documents) return cli_fail("out of memory");
-    bool stdin_read = false;
-    for (int i = 0; i < paths->n; i++) {
-        quarry_document *d = &(*documents)[i];
-        const char *path = paths->items[i];
-        bool is_stdin = !strcmp(path, "-");
-        if (is_stdin && stdin_read) return cli_fail_usage(&command_ask, "--doc -: standard input can be read once");
-        stdin_read = stdin_read || is_stdin;
-        char *text;
-        int code = cli_read_file(&text, &d->n_bytes, path);
-        if (code) return code;
-        d->text = text;
-        d->name = is_stdin ? "standard input" : base_name(path);
-        if (is_blank(text, d->n_bytes)) return cli_fail("%s: the document is empty", is_stdin ? "standard input" : path);
-    }
-    return CLI_OK;
-}
+static const cli_group ask_groups[] = {
+    {"Question", ask_table, 0}, ANSWER_GROUPS, {"Stored contexts", cli_store_table, offsetof(ask_settings, store)}, {0}};
 
 /* ---- the command ---- */
 
@@ -73,17 +37,20 @@ static int ask_run(const void *settings, const cli_list *arguments)
     quarry_document *documents = NULL;
     quarry_model *model = NULL;
     quarry_session *session = NULL;
+    quarry_store *store = NULL;
+    quarry_stored stored;
+    char *names = NULL;
     cli_sampling sampling = {0};
     quarry_prompt prompt = {0};
     quarry_error error;
     if (arguments->n == 0) return cli_fail_usage(&command_ask, "no question: quarry ask -m MODEL --doc FILE \"question\"");
     if (arguments->n > 1) return cli_fail_usage(&command_ask, "one question expected, got %d; put it in quotes", arguments->n);
     const char *question = arguments->items[0];
-    if (is_blank(question, strlen(question))) return cli_fail("the question is empty");
+    if (cli_is_blank(question, strlen(question))) return cli_fail("the question is empty");
 
     const bool cite = s->cite || s->cite_html;
     if (cite && s->documents.n == 0) return cli_fail_usage(&command_ask, "nothing to cite: name a document with --doc FILE");
-    int code = documents_read(&documents, &s->documents);
+    int code = cli_documents_read(&documents, &s->documents, &command_ask);
     if (!code) code = cli_model_open(&model, &s->answer.model, &s->answer.output);
     if (!code) code = cli_sampling_make(&sampling, &s->answer.sampling, model);
     if (code) goto done;
@@ -94,15 +61,21 @@ static int ask_run(const void *settings, const cli_list *arguments)
     const char *what = s->documents.n ? "the documents and the question take" : "the question takes";
     code = answer_check_room(model, &s->answer, prompt.n_context + prompt.n_question, what);
     if (!code) code = cli_session_open(&session, model, &s->answer.session);
-    if (!code) code = answer_read(session, &s->answer, prompt.context, prompt.n_context, prompt.question, prompt.n_question, cite);
+    if (!code && s->documents.n && !(names = cli_documents_names(documents, s->documents.n))) code = cli_fail("out of memory");
+    if (!code && s->documents.n) cli_store_open(&store, &s->store, &s->answer.output);
+    const answer_input input = {
+        prompt.context, prompt.question, prompt.n_context, prompt.n_question, prompt.ends, s->documents.n, names, store, cite};
+    if (!code) code = answer_read(session, &s->answer, &input, &stored);
     const cite_request request = {documents, s->documents.n, question, s->cite > 0 ? s->cite : USUAL_CITATIONS, s->cite != 0, s->cite_html};
-    if (!code) code = answer_run(model, session, &s->answer, &sampling.params, cite ? &request : NULL);
+    if (!code) code = answer_run(model, session, &s->answer, &sampling.params, store ? &stored : NULL, cite ? &request : NULL);
 done:
     quarry_session_close(session);
+    quarry_store_close(store);
+    memory_free(names);
     cli_sampling_free(&sampling);
     quarry_prompt_free(&prompt);
     quarry_model_close(model);
-    documents_free(documents, s->documents.n);
+    cli_documents_free(documents, s->documents.n);
     return code;
 }
 
@@ -110,7 +83,8 @@ const cli_command command_ask = {
     "ask",
     "[options] QUESTION",
     "answer a question about documents",
-    "The documents are read once, in full; the answer is then written while attention searches them. The answer goes to standard output, "
+    "The documents are read once, in full, and kept: the next question about them, today or later, takes them from the store ('quarry "
+    "context' lists what it holds). The answer is written while attention searches them. The answer goes to standard output, "
     "everything else to "
     "standard error.\n\nExample:\n  quarry ask -m model.gguf --doc book.txt \"Who is the narrator?\"",
     ask_groups,

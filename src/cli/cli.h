@@ -73,7 +73,8 @@ typedef struct cli_command {
 } cli_command;
 
 extern const cli_command command_ask, command_run, command_info, command_tokenize, command_eval_kld, command_eval_needle,
-    command_eval_ruler, command_eval_doc, command_eval_ppl, command_eval_report, command_bench, command_calibrate;
+    command_eval_ruler, command_eval_doc, command_eval_ppl, command_eval_report, command_bench, command_calibrate, command_context_create,
+    command_context_list, command_context_info, command_context_verify, command_context_rm, command_context_export;
 
 /* Parses argv[n] (after the command's name) and runs the command; --help prints instead. -h/--help is understood by every command. */
 int cli_command_main(const cli_command *command, int n, char **argv);
@@ -102,6 +103,12 @@ typedef struct cli_session_options {
     bool extend, kv_f32;
 } cli_session_options;
 
+typedef struct cli_store_options {
+    const char *folder;
+    double max_gb;
+    bool off;
+} cli_store_options;
+
 typedef struct cli_sampling_options {
     int64_t n_predict, top_k, repeat_last_n, seed;
     double temperature, top_p, min_p, repeat_penalty;
@@ -117,7 +124,7 @@ typedef struct cli_input_options {
     const char *prompt, *file;
 } cli_input_options;
 
-extern const cli_option cli_model_table[], cli_session_table[], cli_sampling_table[], cli_input_table[];
+extern const cli_option cli_model_table[], cli_session_table[], cli_store_table[], cli_sampling_table[], cli_input_table[];
 extern const cli_option cli_output_table[]; /* the first is --json: commands that print no JSON begin after it */
 
 /* These return an exit code, after printing what is wrong. */
@@ -126,6 +133,10 @@ extern const cli_option cli_output_table[]; /* the first is --json: commands tha
 int cli_model_open(quarry_model **model, const cli_model_options *options, const cli_output_options *output);
 const char *cli_model_path(const cli_model_options *options); /* that file; NULL if none is named */
 int cli_session_open(quarry_session **session, quarry_model *model, const cli_session_options *options);
+
+quarry_store_params cli_store_params(const cli_store_options *options, const cli_output_options *output);
+/* Opens the store, unless it is switched off; one that cannot be opened is said, and *store is NULL. */
+void cli_store_open(quarry_store **store, const cli_store_options *options, const cli_output_options *output);
 
 /* Sampling parameters and the memory they point to. */
 typedef struct cli_sampling {

@@ -34,6 +34,16 @@ const cli_option cli_session_table[] = {
     {"--kv-f32", NULL, CLI_SWITCH, offsetof(cli_session_options, kv_f32), NULL, "keep keys and values in 32 bits instead of 16", 0, 0},
     {0}};
 
+const cli_option cli_store_table[] = {
+    {"--store", "DIR", CLI_TEXT, offsetof(cli_store_options, folder), NULL,
+     "folder of contexts that were read; without it the environment variable QUARRY_STORE names it, else it is quarry/contexts in the "
+     "user's "
+     "cache folder",
+     0, 0},
+    {"--store-size", "GB", CLI_NUMBER, offsetof(cli_store_options, max_gb), "10",
+     "what the store may take of the disk; what was not used for longest is removed first", 0.001, 1e9},
+    {0}};
+
 const cli_option cli_sampling_table[] = {
     {"-n, --predict", "N", CLI_INT, offsetof(cli_sampling_options, n_predict), "256",
      "most tokens to generate; -1: until the context is full", -1, 1e12},
@@ -107,6 +117,24 @@ int cli_session_open(quarry_session **session, quarry_model *model, const cli_se
     quarry_error error;
     *session = quarry_session_open(model, &params, &error);
     return *session ? CLI_OK : cli_fail_error(&error);
+}
+
+/* ---- stored contexts ---- */
+
+quarry_store_params cli_store_params(const cli_store_options *options, const cli_output_options *output)
+{
+    return (quarry_store_params){
+        .folder = options->folder, .max_bytes = (uint64_t)(options->max_gb * 1e9), .log = print_log, .log_data = (void *)output};
+}
+
+void cli_store_open(quarry_store **store, const cli_store_options *options, const cli_output_options *output)
+{
+    const quarry_store_params params = cli_store_params(options, output);
+    quarry_error error;
+    *store = NULL;
+    if (options->off) return;
+    *store = quarry_store_open(&params, &error);
+    if (!*store && !output->quiet) fprintf(stderr, "quarry: nothing is kept: %s\n", error.message);
 }
 
 /* ---- sampling ---- */

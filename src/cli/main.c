@@ -4,8 +4,24 @@
 #include "cli/cli.h"
 
 static const cli_command *const commands[] = {
-    &command_ask,         &command_run,        &command_info,     &command_tokenize, &command_bench,       &command_eval_kld,
-    &command_eval_needle, &command_eval_ruler, &command_eval_doc, &command_eval_ppl, &command_eval_report, &command_calibrate,
+    &command_ask,
+    &command_run,
+    &command_info,
+    &command_tokenize,
+    &command_bench,
+    &command_context_create,
+    &command_context_list,
+    &command_context_info,
+    &command_context_verify,
+    &command_context_rm,
+    &command_context_export,
+    &command_eval_kld,
+    &command_eval_needle,
+    &command_eval_ruler,
+    &command_eval_doc,
+    &command_eval_ppl,
+    &command_eval_report,
+    &command_calibrate,
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 
@@ -27,9 +43,9 @@ static void print_help(const char *family)
     cli_print("quarry %s: ask long documents; attention searches the context instead of reading it all\n\n", quarry_version());
     cli_print("Usage: quarry %s%s [options]\n\n", family ? family : "COMMAND", family ? " TASK" : "");
     for (int i = 0; i < N_COMMANDS; i++)
-        if (!family || member_of(commands[i], family)) cli_print("  %-14s %s\n", commands[i]->name, commands[i]->summary);
-    cli_print("\n  %-14s %s\n", "-h, --help", "this help; 'quarry COMMAND --help' for a command's options");
-    if (!family) cli_print("  %-14s %s\n", "--version", "the version of program and library");
+        if (!family || member_of(commands[i], family)) cli_print("  %-16s %s\n", commands[i]->name, commands[i]->summary);
+    cli_print("\n  %-16s %s\n", "-h, --help", "this help; 'quarry COMMAND --help' for a command's options");
+    if (!family) cli_print("  %-16s %s\n", "--version", "the version of program and library");
 }
 
 /* The command named by argv[0], or by argv[0] and argv[1]; *n_words tells which. */

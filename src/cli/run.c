@@ -29,8 +29,9 @@ static int run_run(const void *settings, const cli_list *arguments)
     }
     code = answer_check_room(model, &s->answer, n, "the text takes");
     if (!code) code = cli_session_open(&session, model, &s->answer.session);
-    if (!code) code = answer_read(session, &s->answer, tokens, n, NULL, 0, false);
-    if (!code) code = answer_run(model, session, &s->answer, &sampling.params, NULL);
+    quarry_stored stored;
+    if (!code) code = answer_read(session, &s->answer, &(answer_input){.context = tokens, .n_context = n}, &stored);
+    if (!code) code = answer_run(model, session, &s->answer, &sampling.params, NULL, NULL);
 done:
     quarry_session_close(session);
     cli_sampling_free(&sampling);

@@ -4,6 +4,7 @@
 
 #include "base/base.h"
 #include "model/model.h"
+#include "store/store.h"
 
 /* ---- sessions with several policies: a document is read once and asked under each ---- */
 
@@ -29,6 +30,25 @@ typedef struct session_memory {
     size_t kv_bytes, index_bytes, scratch_bytes;
 } session_memory;
 quarry_code session_memory_estimate(quarry_model *model, const quarry_session_params *params, session_memory *need, quarry_error *error);
+
+/* quarry_session_read; seal = false: not the end of a text, the index's open segment stays open. */
+int session_read(quarry_session *session, const int32_t *tokens, int64_t n, bool seal, const quarry_watch *watch, quarry_error *error);
+
+/* ---- saved contexts: chains of pieces (store/piece.h) ---- */
+
+/* What the piece would be that the session's tokens since the last saved or loaded one make. UNSUPPORTED: its policy can neither save nor take a saved context. */
+quarry_code session_subject(const quarry_session *session, piece_subject *subject, quarry_error *error);
+bool session_can_save(const quarry_session *session);
+/* Appends that piece to `file`; once it is committed, session_saved makes it the one that the next continues. */
+quarry_code session_save(quarry_session *session, file_writer *file, const char *about, store_key *key, quarry_error *error);
+void session_saved(quarry_session *session, const store_key *key);
+/* Brings an empty session to the end of a chain pieces[n]. Errors: ARGUMENT: of another model, cache or index; FORMAT: *damaged is the piece that is; CONTEXT. On error nothing has changed. */
+quarry_code session_load(quarry_session *session, piece_file *const *pieces, int n, store_key *damaged, quarry_error *error);
+
+/* The catalogue of an open store, for who lists and removes. */
+catalogue *store_catalogue(const quarry_store *store);
+/* Copies a context, piece by piece, into another store. */
+quarry_code store_copy(const quarry_store *from, quarry_store *to, const catalogue_context *context, quarry_error *error);
 
 /* ---- sampling ---- */
 

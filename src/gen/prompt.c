@@ -3,8 +3,8 @@
 
 #include "gen/session.h"
 
-/* The one user message:  [# NAME\n\n]document 1 \n\n [# NAME\n\n]document 2 … \n\n question
- * in parts that are tokenised apart, the question's part last. */
+/* The one user message:  [# NAME\n\n]document 1 \n\n # NAME\n\n document 2 … \n\n question
+ * in parts that are tokenised apart, the question's part last. What stands before and in a document does not depend on those after it. */
 typedef struct message_parts {
     chat_part *parts;
     char *headings; /* one after the other */
@@ -18,11 +18,15 @@ static void parts_free(message_parts *m)
     memory_free(m->question);
 }
 
-/* "# NAME\n\n", or "# Document 2\n\n" for one without a name; from the second on a blank line comes first. Returns its length; out may be NULL. */
+/* "# NAME\n\n"; for one without a name nothing if it is the first, else "# Document 2\n\n"; from the second on a blank line comes first. Returns its length; out may be NULL. */
 static size_t heading_write(char *out, size_t capacity, const quarry_document *documents, int i)
 {
     const char *name = documents[i].name, *gap = i ? "\n\n" : "";
-    int n = name && *name ? snprintf(out, capacity, "%s# %s\n\n", gap, name) : snprintf(out, capacity, "%s# Document %d\n\n", gap, i + 1);
+    int n = 0;
+    if (name && *name)
+        n = snprintf(out, capacity, "%s# %s\n\n", gap, name);
+    else if (i)
+        n = snprintf(out, capacity, "%s# Document %d\n\n", gap, i + 1);
     return n > 0 ? (size_t)n : 0;
 }
 
@@ -30,19 +34,16 @@ static quarry_code parts_make(message_parts *m, const quarry_document *documents
                               quarry_error *error)
 {
     size_t n_headings = 0, n_question = strlen(question), at = 0;
-    bool several = n_documents > 1;
-    for (int i = 0; several && i < n_documents; i++) n_headings += heading_write(NULL, 0, documents, i);
+    for (int i = 0; i < n_documents; i++) n_headings += heading_write(NULL, 0, documents, i);
     m->parts = memory_zero((size_t)n_documents * 2 + 1, sizeof *m->parts, "prompt", error);
     m->headings = memory_alloc(n_headings + 1, 1, "prompt", error);
     m->question = memory_alloc(n_question + 3, 1, "prompt", error);
     if (!m->parts || !m->headings || !m->question) return QUARRY_ERROR_MEMORY;
     int n = 0;
     for (int i = 0; i < n_documents; i++) {
-        if (several) {
-            size_t length = heading_write(m->headings + at, n_headings + 1 - at, documents, i);
-            m->parts[n++] = (chat_part){m->headings + at, length};
-            at += length;
-        }
+        const size_t length = heading_write(m->headings + at, n_headings + 1 - at, documents, i);
+        if (length) m->parts[n++] = (chat_part){m->headings + at, length};
+        at += length;
         m->parts[n++] = (chat_part){documents[i].text, documents[i].n_bytes};
     }
     snprintf(m->question, n_question + 3, "%s%s", n_documents ? "\n\n" : "", question);
@@ -62,6 +63,20 @@ static int32_t *copy_tokens(const int32_t *tokens, int64_t n, quarry_error *erro
     int32_t *copy = memory_alloc((size_t)n, sizeof *copy, "prompt", error);
     if (copy && n) memcpy(copy, tokens, (size_t)n * sizeof *copy);
     return copy;
+}
+
+static quarry_code find_ends(const quarry_model *model, quarry_prompt *prompt, const quarry_document *documents, int n_documents,
+                             quarry_error *error)
+{
+    prompt_span *spans = memory_alloc((size_t)n_documents, sizeof *spans, "prompt", error);
+    size_t *starts = memory_alloc((size_t)prompt->n_context, sizeof *starts, "prompt", error);
+    prompt->ends = memory_alloc((size_t)n_documents, sizeof *prompt->ends, "prompt", error);
+    quarry_code code = spans && starts && prompt->ends ? QUARRY_OK : QUARRY_ERROR_MEMORY;
+    if (code == QUARRY_OK) code = prompt_locate(model, prompt->context, prompt->n_context, documents, n_documents, spans, starts, error);
+    for (int i = 0; i < n_documents && code == QUARRY_OK; i++) prompt->ends[i] = spans[i].end;
+    memory_free(spans);
+    memory_free(starts);
+    return code;
 }
 
 int quarry_prompt_build(const quarry_model *model, const quarry_document *documents, int n_documents, const char *system,
@@ -92,10 +107,9 @@ int quarry_prompt_build(const quarry_model *model, const quarry_document *docume
     prompt->n_question = list.n - split;
     prompt->context = copy_tokens(list.ids, split, error);
     prompt->question = copy_tokens(list.ids + split, list.n - split, error);
-    if (!prompt->context || !prompt->question) {
-        quarry_prompt_free(prompt);
-        code = QUARRY_ERROR_MEMORY;
-    }
+    if (!prompt->context || !prompt->question) code = QUARRY_ERROR_MEMORY;
+    if (code == QUARRY_OK) code = find_ends(model, prompt, documents, n_documents, error);
+    if (code != QUARRY_OK) quarry_prompt_free(prompt);
 done:
     token_list_free(&list);
     parts_free(&message);
@@ -107,6 +121,7 @@ void quarry_prompt_free(quarry_prompt *prompt)
     if (!prompt) return;
     quarry_free(prompt->context);
     quarry_free(prompt->question);
+    quarry_free(prompt->ends);
     *prompt = (quarry_prompt){0};
 }
 
@@ -139,7 +154,7 @@ quarry_code prompt_locate(const quarry_model *model, const int32_t *tokens, int6
         if (!span_match(t, tokens, &at, &documents[i], starts))
             return error_set(error, QUARRY_ERROR_ARGUMENT, "document %d is not what the session read there", i + 1);
         spans[i].first = at;
-        size_t heading = n_documents > 1 ? heading_write(NULL, 0, documents, i) : 0, n = 0;
+        size_t heading = heading_write(NULL, 0, documents, i), n = 0;
         for (; heading > 0 && at > 0; at--) {
             tokenizer_token_bytes(t, tokens[at - 1], &n);
             if (n > heading) break;

@@ -194,6 +194,7 @@ static bool cancelled(void *data)
 void session_forget_from(quarry_session *s, int64_t n)
 {
     s->tokens.n = n;
+    if (n < s->saved.n_tokens) s->saved = (saved_part){0};
     kv_truncate(s->kv, n);
     const int64_t far_end = attn_far_end(&s->policies[0]->shape, n);
     for (int i = 0; i < s->n_policies; i++) s->policies[i]->type->truncate(s->policies[i], far_end > 0 ? far_end : 0);
@@ -257,13 +258,13 @@ static quarry_code run_tokens(quarry_session *s, const int32_t *tokens, int64_t 
     return code;
 }
 
-int quarry_session_read(quarry_session *s, const int32_t *tokens, int64_t n, const quarry_watch *watch, quarry_error *error)
+int session_read(quarry_session *s, const int32_t *tokens, int64_t n, bool seal, const quarry_watch *watch, quarry_error *error)
 {
     double start = session_now();
     step st = {.dense = true, .watch = watch};
     int64_t before = s->tokens.n;
     quarry_code code = run_tokens(s, tokens, n, &st, error);
-    if (code == QUARRY_OK) {
+    if (code == QUARRY_OK && seal) {
         model_lock(s->model);
         code = attn_index_seal(s->policies[0], s->kv, model_pool(s->model), forward_scratch_threads(s->scratch), error);
         model_unlock(s->model);
@@ -271,6 +272,11 @@ int quarry_session_read(quarry_session *s, const int32_t *tokens, int64_t n, con
     s->stats.n_read += s->tokens.n - before;
     s->stats.read_seconds += session_now() - start;
     return code;
+}
+
+int quarry_session_read(quarry_session *s, const int32_t *tokens, int64_t n, const quarry_watch *watch, quarry_error *error)
+{
+    return session_read(s, tokens, n, true, watch, error);
 }
 
 int quarry_session_feed(quarry_session *s, const int32_t *tokens, int64_t n, const quarry_watch *watch, quarry_error *error)

@@ -10,6 +10,12 @@ enum {
     EXTEND_WINDOW = 2048 /* local tokens of an extended session, unless the model was trained for less than eight times as many */
 };
 
+/* What of a session is saved: the piece it ends in, its tokens, and the index's segments in it. */
+typedef struct saved_part {
+    store_key end;
+    int64_t n_tokens, n_segments;
+} saved_part;
+
 struct quarry_session {
     quarry_model *model;
     quarry_session_params params; /* attn is not kept */
@@ -22,6 +28,7 @@ struct quarry_session {
     float *logits; /* [n_vocab] */
     bool has_logits;
     quarry_stats stats;
+    saved_part saved;
     struct cite_counts *cite;         /* NULL: nobody asked for citations */
     const attn_observer *observer;    /* not the session's; NULL: nobody */
     attn_cost sparse_cost;            /* of all sparse tokens since opened or forked */

@@ -49,11 +49,12 @@ static void slot_release(const kv_slot *slot)
     page_release(slot->local);
 }
 
-static bool slot_create(const kv_seq *kv, kv_slot *slot, quarry_error *error)
+static bool slot_create(const kv_seq *kv, kv_slot *slot, bool local, quarry_error *error)
 {
+    local = local && kv->shape.n_local;
     *slot = (kv_slot){.all = page_create(kv, kv->shape.n_layer, error)};
-    if (slot->all && kv->shape.n_local) slot->local = page_create(kv, kv->shape.n_local, error);
-    if (slot->all && (slot->local || !kv->shape.n_local)) return true;
+    if (slot->all && local) slot->local = page_create(kv, kv->shape.n_local, error);
+    if (slot->all && (slot->local || !local)) return true;
     slot_release(slot);
     return false;
 }
@@ -146,12 +147,29 @@ static quarry_code unshare_last(kv_seq *kv, quarry_error *error)
 static void release_local(kv_seq *kv)
 {
     if (!kv->shape.n_local) return;
-    int64_t end = (kv->length - kv->shape.window + 1 - KV_SLACK) / KV_PAGE;
+    const int64_t end = kv_local_kept(&kv->shape, kv->length) / KV_PAGE;
     for (; kv->n_released < end; kv->n_released++) {
         kv_slot *slot = &kv->slots[kv->n_released];
         page_release(slot->local);
         slot->local = NULL;
     }
+}
+
+quarry_code kv_restore(kv_seq *kv, int64_t n, quarry_error *error)
+{
+    assert(kv->length == 0 && kv->n_slots == 0);
+    const int64_t n_slots = (n + KV_PAGE - 1) / KV_PAGE;
+    quarry_code code = memory_grow(&kv->slots, (size_t)n_slots, sizeof *kv->slots, "KV page table", error);
+    if (code != QUARRY_OK) return code;
+    kv->capacity = n_slots;
+    kv->n_released = kv_local_kept(&kv->shape, n) / KV_PAGE;
+    for (; kv->n_slots < n_slots; kv->n_slots++)
+        if (!slot_create(kv, &kv->slots[kv->n_slots], kv->n_slots >= kv->n_released, error)) {
+            slots_drop(kv, 0);
+            return QUARRY_ERROR_MEMORY;
+        }
+    kv->length = n;
+    return QUARRY_OK;
 }
 
 quarry_code kv_reserve(kv_seq *kv, int64_t n, quarry_error *error)
@@ -166,7 +184,7 @@ quarry_code kv_reserve(kv_seq *kv, int64_t n, quarry_error *error)
         kv->capacity = capacity;
     }
     for (; kv->n_slots < want; kv->n_slots++) {
-        if (slot_create(kv, &kv->slots[kv->n_slots], error)) continue;
+        if (slot_create(kv, &kv->slots[kv->n_slots], true, error)) continue;
         slots_drop(kv, had);
         return QUARRY_ERROR_MEMORY;
     }

@@ -33,6 +33,15 @@ kv_seq *kv_fork(const kv_seq *kv, quarry_error *error); /* shares pages; as long
 const kv_shape *kv_shape_of(const kv_seq *kv);
 int64_t kv_length(const kv_seq *kv); /* tokens whose rows are valid in every layer */
 
+/* First token whose rows in local layers a sequence of n tokens holds at least: its page has the first row that the next token, after KV_SLACK were taken back, may see. */
+static inline int64_t kv_local_kept(const kv_shape *shape, int64_t n)
+{
+    const int64_t first = n - shape->window + 1 - KV_SLACK;
+    return shape->n_local && first > 0 ? first / KV_PAGE * KV_PAGE : 0;
+}
+/* An empty sequence becomes n tokens long, for rows that come from elsewhere: all of them, of local layers those from kv_local_kept on, are the caller's to write (kv_row)
+ * before they are read. */
+quarry_code kv_restore(kv_seq *kv, int64_t n, quarry_error *error);
 /* Makes rows [0, n) addressable and [kv_length, n) writable (copies a shared last page). On error nothing changed. Before that frees what local layers
  * hold of tokens that are more than the window and KV_SLACK behind. */
 quarry_code kv_reserve(kv_seq *kv, int64_t n, quarry_error *error);

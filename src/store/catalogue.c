@@ -18,32 +18,6 @@ enum { WAIT_MS = 10000, SCHEMA = 1, APPLICATION = 0x51727943 /* "QryC" */ };
 
 static const char database_name[] = "/catalogue.sqlite", lock_name[] = "/catalogue.lock", piece_end[] = ".piece";
 
-/* ---- keys ---- */
-
-void store_key_text(const store_key *key, char text[STORE_KEY_CHARS])
-{
-    for (size_t i = 0; i < sizeof key->bytes; i++) snprintf(text + 2 * i, 3, "%02x", key->bytes[i]);
-}
-
-bool store_key_parse(const char *text, store_key *key)
-{
-    static const char digits[] = "0123456789abcdef";
-    if (strspn(text, digits) != STORE_KEY_CHARS - 1 || text[STORE_KEY_CHARS - 1]) return false;
-    for (size_t i = 0; i < sizeof key->bytes; i++)
-        key->bytes[i] = (uint8_t)((strchr(digits, text[2 * i]) - digits) << 4 | (strchr(digits, text[2 * i + 1]) - digits));
-    return true;
-}
-
-bool store_key_none(const store_key *key)
-{
-    return store_key_same(key, &(store_key){0});
-}
-
-bool store_key_same(const store_key *a, const store_key *b)
-{
-    return memcmp(a->bytes, b->bytes, sizeof a->bytes) == 0;
-}
-
 uint64_t catalogue_digest(const int32_t *tokens, int64_t n)
 {
     return XXH3_64bits(tokens, (size_t)n * sizeof *tokens); /* of the bytes in memory: all machines it is built for are little-endian */

@@ -9,18 +9,9 @@
 #ifndef STORE_CATALOGUE_H
 #define STORE_CATALOGUE_H
 
-#include "base/base.h"
+#include "store/key.h"
 
-typedef struct store_key {
-    uint8_t bytes[16];
-} store_key; /* of a piece; all zero: none */
-
-enum { STORE_KEY_CHARS = 33, CATALOGUE_PARAMS = 256 };
-
-void store_key_text(const store_key *key, char text[STORE_KEY_CHARS]); /* 32 hexadecimal digits */
-bool store_key_parse(const char *text, store_key *key);                /* false if text is anything else; upper case counts as such */
-bool store_key_none(const store_key *key);
-bool store_key_same(const store_key *a, const store_key *b);
+enum { CATALOGUE_PARAMS = 256 };
 
 typedef struct catalogue_piece {
     store_key key, parent;         /* parent none: the piece begins a context */

@@ -4,11 +4,11 @@
  * the policy's state at `end`. It names its parent piece, or none where a context begins. A context is a chain of pieces, known by its last one; contexts with the same
  * beginning share pieces. All files of a store lie in one folder, beside the catalogue that knows which there are.
  *
- * Piece files belong to libquarry. The catalogue is a database (SQLite) and belongs to the program, as evaluation does, so that the library stays
- * without dependencies: what is below `gen` or in it must not call catalogue_*. */
+ * Both belong to the library, so that whoever embeds it never reads a text twice either: its one dependency beyond libc is SQLite. */
 #ifndef STORE_STORE_H
 #define STORE_STORE_H
 
 #include "store/catalogue.h"
+#include "store/piece.h"
 
 #endif

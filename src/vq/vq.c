@@ -196,10 +196,16 @@ static float largest(const float *x, int d)
     return most > 1e-30f ? most : 0;
 }
 
+/* What is no number, which only a hostile file holds, becomes one. */
+static uint8_t nibble(float x)
+{
+    return (uint8_t)(lrintf(fminf(fmaxf(x, -7), 7)) + 8);
+}
+
 float vq_quantise_i4(const float *x, int d, uint8_t *out)
 {
     const float most = largest(x, d), scale = most / 7, inverse = most > 0 ? 1 / scale : 0;
-    for (int i = 0; i < d / 2; i++) out[i] = (uint8_t)((lrintf(x[i] * inverse) + 8) | (lrintf(x[d / 2 + i] * inverse) + 8) << 4);
+    for (int i = 0; i < d / 2; i++) out[i] = (uint8_t)(nibble(x[i] * inverse) | nibble(x[d / 2 + i] * inverse) << 4);
     return scale;
 }
 
