@@ -188,24 +188,34 @@ void vq_pack(int n_sub, const int32_t *assign, int64_t n, int64_t first, uint8_t
 
 /* ---- int8 vectors ---- */
 
-/* The largest magnitude; 0 for what is so small that its inverse would not be finite. */
+/* The largest magnitude; 0 for what is so small that its inverse would not be finite. Comparisons and not fmaxf, here and below: they are instructions everywhere. */
 static float largest(const float *x, int d)
 {
     float most = 0;
-    for (int i = 0; i < d; i++) most = fmaxf(most, fabsf(x[i]));
+    for (int i = 0; i < d; i++) {
+        const float size = fabsf(x[i]);
+        most = size > most ? size : most;
+    }
     return most > 1e-30f ? most : 0;
 }
 
-/* What is no number, which only a hostile file holds, becomes one. */
-static uint8_t nibble(float x)
+/* The nearest whole number, of two the even one, for -most <= x <= most < 2^22; what is no number, which only a hostile file holds, becomes `most`. */
+static int32_t nearest(float x, float most)
 {
-    return (uint8_t)(lrintf(fminf(fmaxf(x, -7), 7)) + 8);
+    const float magic = 12582912; /* 1.5 * 2^23: the last bit of a sum with it is worth 1 */
+    x = x < most ? x : most;
+    x = x > -most ? x : -most;
+    const float sum = x + magic;
+    int32_t bits, zero;
+    memcpy(&bits, &sum, sizeof bits);
+    memcpy(&zero, &magic, sizeof zero);
+    return bits - zero;
 }
 
 float vq_quantise_i4(const float *x, int d, uint8_t *out)
 {
     const float most = largest(x, d), scale = most / 7, inverse = most > 0 ? 1 / scale : 0;
-    for (int i = 0; i < d / 2; i++) out[i] = (uint8_t)(nibble(x[i] * inverse) | nibble(x[d / 2 + i] * inverse) << 4);
+    for (int i = 0; i < d / 2; i++) out[i] = (uint8_t)((nearest(x[i] * inverse, 7) + 8) | (nearest(x[d / 2 + i] * inverse, 7) + 8) << 4);
     return scale;
 }
 
@@ -217,6 +227,6 @@ float vq_quantise_i8(const float *x, int d, int8_t *out)
         return 0;
     }
     float scale = most / 127, inverse = 1 / scale;
-    for (int i = 0; i < d; i++) out[i] = (int8_t)lrintf(x[i] * inverse);
+    for (int i = 0; i < d; i++) out[i] = (int8_t)nearest(x[i] * inverse, 127);
     return scale;
 }
