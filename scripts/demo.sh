@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 document=/usr/share/common-licenses/GPL-3
+next="When was the WIPO copyright treaty adopted?"
 question="Which command shows the warranty?"
 answer='ABSOLUTELY NO WARRANTY; for details type'
 
@@ -15,6 +16,8 @@ make --no-print-directory >/dev/null
 model=$(scripts/fetch-model.sh)
 printf '\n$ quarry ask -m %s --doc %s "%s"\n\n' "${model##*/}" "$document" "$question"
 build/quarry ask -m "$model" --doc "$document" "$question"
+printf '\nThe document is not read again:\n\n$ quarry ask -m %s --doc %s "%s"\n\n' "${model##*/}" "$document" "$next"
+build/quarry ask -m "$model" --doc "$document" "$next"
 
 printf '\nThe line of the document that tells:\n'
 grep -n "$answer" "$document"

@@ -84,7 +84,7 @@ def main(quarry, model, attn="ivfpq"):
     for (name, start), questions in QUESTIONS.items():
         document = excerpt(name, start)
         for question, words, phrases in questions:
-            command = [quarry, "ask", "-m", model, "--json", "--attn", attn, "--cite=3", "-n", "40", "--doc", "-", question]
+            command = [quarry, "ask", "-m", model, "--no-store", "--json", "--attn", attn, "--cite=3", "-n", "40", "--doc", "-", question]
             result = json.loads(subprocess.run(command, input=document, stdout=subprocess.PIPE, text=True, check=True).stdout)
             correct = any(flat(w) in flat(result["answer"]) for w in words)
             holds = [any(flat(p) in flat(c["text"]) for p in phrases) for c in result["citations"]]
