@@ -263,6 +263,9 @@ typedef struct quarry_store_params {
 QUARRY_API quarry_store *quarry_store_open(const quarry_store_params *params, quarry_error *error);
 QUARRY_API void quarry_store_close(quarry_store *store);
 
+/* The store as what remembers fingerprints, for quarry_model_params, while it is open. */
+QUARRY_API quarry_fingerprints quarry_store_fingerprints(quarry_store *store);
+
 typedef struct quarry_stored {
     int64_t n_taken; /* tokens that came from the store instead of being read */
     int64_t n_kept;  /* tokens that the store has now and had not before */

@@ -51,7 +51,8 @@ static int ask_run(const void *settings, const cli_list *arguments)
     const bool cite = s->cite || s->cite_html;
     if (cite && s->documents.n == 0) return cli_fail_usage(&command_ask, "nothing to cite: name a document with --doc FILE");
     int code = cli_documents_read(&documents, &s->documents, &command_ask);
-    if (!code) code = cli_model_open(&model, &s->answer.model, &s->answer.output);
+    if (!code && s->documents.n) cli_store_open(&store, &s->store, &s->answer.output);
+    if (!code) code = cli_model_open(&model, &s->answer.model, &s->answer.output, store);
     if (!code) code = cli_sampling_make(&sampling, &s->answer.sampling, model);
     if (code) goto done;
     if (quarry_prompt_build(model, documents, s->documents.n, s->system, question, &prompt, &error)) {
@@ -62,7 +63,6 @@ static int ask_run(const void *settings, const cli_list *arguments)
     code = answer_check_room(model, &s->answer, prompt.n_context + prompt.n_question, what);
     if (!code) code = cli_session_open(&session, model, &s->answer.session);
     if (!code && s->documents.n && !(names = cli_documents_names(documents, s->documents.n))) code = cli_fail("out of memory");
-    if (!code && s->documents.n) cli_store_open(&store, &s->store, &s->answer.output);
     const answer_input input = {
         prompt.context, prompt.question, prompt.n_context, prompt.n_question, prompt.ends, s->documents.n, names, store, cite};
     if (!code) code = answer_read(session, &s->answer, &input, &stored);

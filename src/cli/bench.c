@@ -283,7 +283,7 @@ static int bench_all(bench_run *r)
                                            .n_threads = r->threads.values[i % r->threads.n],
                                            .no_mmap = s->no_mmap};
         quarry_model *model = NULL;
-        if ((code = cli_model_open(&model, &options, &output))) break;
+        if ((code = cli_model_open(&model, &options, &output, NULL))) break;
         code = bench_model(r, model);
         quarry_model_close(model);
     }

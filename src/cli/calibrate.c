@@ -123,7 +123,7 @@ static int calibrate_run(const void *settings, const cli_list *arguments)
     quarry_model *model = NULL;
     int32_t *tokens = NULL;
     int64_t n = 0;
-    int code = cli_model_open(&model, &s->model, &s->output);
+    int code = cli_model_open(&model, &s->model, &s->output, NULL);
     if (!code) code = read_texts(model, &s->files, s->n_tokens, &tokens, &n);
     if (!code) code = make(model, s, tokens, n);
     memory_free(tokens);

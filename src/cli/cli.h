@@ -129,8 +129,8 @@ extern const cli_option cli_output_table[]; /* the first is --json: commands tha
 
 /* These return an exit code, after printing what is wrong. */
 
-/* Opens the model of -m or of the environment variable QUARRY_MODEL. output may be NULL. */
-int cli_model_open(quarry_model **model, const cli_model_options *options, const cli_output_options *output);
+/* Opens the model of -m or of the environment variable QUARRY_MODEL. output may be NULL, and store, which remembers the model's fingerprint. */
+int cli_model_open(quarry_model **model, const cli_model_options *options, const cli_output_options *output, quarry_store *store);
 const char *cli_model_path(const cli_model_options *options); /* that file; NULL if none is named */
 int cli_session_open(quarry_session **session, quarry_model *model, const cli_session_options *options);
 

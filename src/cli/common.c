@@ -90,11 +90,13 @@ const char *cli_model_path(const cli_model_options *options)
     return options->path ? options->path : getenv("QUARRY_MODEL");
 }
 
-int cli_model_open(quarry_model **model, const cli_model_options *options, const cli_output_options *output)
+int cli_model_open(quarry_model **model, const cli_model_options *options, const cli_output_options *output, quarry_store *store)
 {
     const char *path = cli_model_path(options);
     if (!path || !*path) return cli_fail_usage(NULL, "no model: give one with -m FILE or in the environment variable QUARRY_MODEL");
+    const quarry_fingerprints known = store ? quarry_store_fingerprints(store) : (quarry_fingerprints){0};
     quarry_model_params params = {
+        .fingerprints = store ? &known : NULL,
         .n_threads = (int)options->n_threads,
         .no_mmap = options->no_mmap,
         .chat_template = options->chat_template,

@@ -300,11 +300,11 @@ static int create_run(const void *settings, const cli_list *arguments)
     char *names = NULL;
     if (arguments->n || !s->documents.n) return cli_fail_usage(&command_context_create, "name documents with --doc FILE, and nothing else");
     int code = cli_documents_read(&documents, &s->documents, &command_context_create);
-    if (!code) code = cli_model_open(&model, &s->model, &s->output);
+    if (!code) code = store_open(&store, &s->store);
+    if (!code) code = cli_model_open(&model, &s->model, &s->output, store);
     if (!code && quarry_prompt_build(model, documents, s->documents.n, s->system, "?", &prompt, &error)) code = cli_fail_error(&error);
     if (!code) code = cli_session_open(&session, model, &s->session);
     if (!code && !(names = cli_documents_names(documents, s->documents.n))) code = cli_fail("out of memory");
-    if (!code) code = store_open(&store, &s->store);
     if (!code) {
         cli_progress reading;
         quarry_watch watch = cli_progress_start(&reading, "reading", s->output.quiet);

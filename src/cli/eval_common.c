@@ -40,7 +40,7 @@ int eval_input_begin(eval_input *in, const eval_settings *settings, int n_texts)
     for (int i = 0; i < options->attn.n; i++)
         if (policy_list_add(&in->policies, options->attn.items[i], &error) != QUARRY_OK) return cli_fail_error(&error);
     if (options->attn.n == 0 && policy_list_add(&in->policies, attn_policies[0]->name, &error) != QUARRY_OK) return cli_fail_error(&error);
-    const int code = cli_model_open(&in->model, &settings->model, &settings->output);
+    const int code = cli_model_open(&in->model, &settings->model, &settings->output, NULL);
     if (code) return code;
     quarry_model_get_info(in->model, &in->info);
     in->texts = memory_zero((size_t)n_texts, sizeof *in->texts, "texts", &error);

@@ -139,7 +139,7 @@ static int info_run(const void *settings, const cli_list *arguments)
     if (s->list_policies) return list_policies(s->json);
     if (arguments->n > 1 || (arguments->n && options.path)) return cli_fail_usage(&command_info, "one model expected");
     if (arguments->n) options.path = arguments->items[0];
-    int code = cli_model_open(&model, &options, NULL);
+    int code = cli_model_open(&model, &options, NULL, NULL);
     if (code) return code;
     quarry_session_params params = {.n_ctx = s->session.n_ctx, .n_batch = (int)s->session.n_batch, .kv_f32 = s->session.kv_f32};
     quarry_model_get_info(model, &info);

@@ -19,7 +19,7 @@ static int run_run(const void *settings, const cli_list *arguments)
     quarry_error error;
     int code = cli_read_input(&text, &n_bytes, &s->input, arguments, &command_run);
     if (!code && !n_bytes) code = cli_fail("the text is empty");
-    if (!code) code = cli_model_open(&model, &s->answer.model, &s->answer.output);
+    if (!code) code = cli_model_open(&model, &s->answer.model, &s->answer.output, NULL);
     if (!code) code = cli_sampling_make(&sampling, &s->answer.sampling, model);
     if (code) goto done;
     int64_t n = quarry_tokenize(model, text, n_bytes, true, &tokens, &error);

@@ -67,7 +67,7 @@ static int tokenize_run(const void *settings, const cli_list *arguments)
     int32_t *tokens = NULL;
     quarry_error error;
     int code = cli_read_input(&text, &n_bytes, &s->input, arguments, &command_tokenize);
-    if (code || (code = cli_model_open(&model, &model_options, NULL))) goto done;
+    if (code || (code = cli_model_open(&model, &model_options, NULL, NULL))) goto done;
     int64_t n = quarry_tokenize(model, text, n_bytes, !s->no_special, &tokens, &error);
     if (n < 0) {
         code = cli_fail_error(&error);

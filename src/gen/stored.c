@@ -5,6 +5,7 @@
 #include "gen/session.h"
 
 enum {
+    TRIES = 4,          /* at taking a chain of which another process just removed a piece */
     CHECKPOINT = 32768, /* tokens: a longer text is kept in pieces of so many, so that a reading that was cut off goes on */
     LEAST = 64,         /* tokens that make a piece of their own */
     CLOSE_MISS = 256    /* tokens alike from which on it is said where a stored context differs */
@@ -97,6 +98,11 @@ void quarry_store_close(quarry_store *store)
     memory_free(store);
 }
 
+quarry_fingerprints quarry_store_fingerprints(quarry_store *store)
+{
+    return catalogue_fingerprints(store->catalogue);
+}
+
 catalogue *store_catalogue(const quarry_store *store)
 {
     return store->catalogue;
@@ -176,7 +182,7 @@ static quarry_code take(quarry_session *s, quarry_store *store, const int32_t *t
     quarry_code code = session_subject(s, &subject, error);
     if (code != QUARRY_OK) return code;
     params_of(&subject, params);
-    for (;;) {
+    for (int tries = 0;;) {
         catalogue_chain chain;
         store_key damaged = {{0}};
         code = catalogue_find(store->catalogue, subject.fingerprint, params, tokens, n, &chain, error);
@@ -188,6 +194,7 @@ static quarry_code take(quarry_session *s, quarry_store *store, const int32_t *t
             catalogue_touch(store->catalogue, &chain.pieces[chain.n - 1].key, NULL); /* only the order of removal depends on it */
         }
         catalogue_chain_free(&chain);
+        if (code == QUARRY_ERROR_IO && ++tries < TRIES) continue;
         if (code != QUARRY_ERROR_FORMAT || store_key_none(&damaged)) {
             if (error && code != QUARRY_OK) *error = wrong;
             return code;
