@@ -297,6 +297,41 @@ static void killed_at_any_point(void **state)
     assert_true(killed >= 4);
 }
 
+static bool stop_late(int64_t done, int64_t total, void *data)
+{
+    *(int64_t *)data = done;
+    return done < total - 300;
+}
+
+/* A long text is kept in parts: a reading that was stopped goes on where the last one ended. */
+static void a_long_text_goes_on(void **state)
+{
+    enum { LONG = 34000, PART = 32768 };
+    quarry_model *m = *state;
+    quarry_store *store = open_store(0);
+    quarry_error e = {0};
+    quarry_stored info;
+    int32_t *text = malloc(LONG * sizeof *text);
+    int64_t done = 0;
+    random_state r;
+    random_seed(&r, 9);
+    for (int i = 0; i < LONG; i++) text[i] = (int32_t)random_below(&r, (uint64_t)model_shape_of(m)->n_vocab);
+    const quarry_session_params params = {.extend = true, .read_window = 256};
+    const int64_t end = LONG;
+    quarry_session *one = quarry_session_open(m, &params, &e), *two = quarry_session_open(m, &params, &e);
+    assert_int_equal(quarry_session_read_stored(one, store, text, LONG, &end, 1, "long", &(quarry_watch){stop_late, &done}, &info, &e),
+                     QUARRY_ERROR_CANCELLED);
+    assert_true(done >= LONG - 300 - 512);
+    assert_int_equal(info.n_kept, PART);
+    assert_int_equal(quarry_session_read_stored(two, store, text, LONG, &end, 1, "long", NULL, &info, &e), 0);
+    assert_int_equal(info.n_taken, PART);
+    assert_int_equal(info.n_kept, LONG - PART);
+    quarry_session_close(one);
+    quarry_session_close(two);
+    quarry_store_close(store);
+    free(text);
+}
+
 static int setup(void **state)
 {
     *state = open_model("llama-q4_1.gguf");
@@ -322,7 +357,7 @@ int main(void)
         cmocka_unit_test_setup(what_was_read_is_taken, before_each),    cmocka_unit_test_setup(a_document_more, before_each),
         cmocka_unit_test_setup(a_token_differs, before_each),           cmocka_unit_test_setup(another_model, before_each),
         cmocka_unit_test_setup(damage_is_told_and_mended, before_each), cmocka_unit_test_setup(a_full_disk_does_not_matter, before_each),
-        cmocka_unit_test_setup(killed_at_any_point, before_each),
+        cmocka_unit_test_setup(killed_at_any_point, before_each),       cmocka_unit_test_setup(a_long_text_goes_on, before_each),
     };
     strcpy(folder, "stored-XXXXXX");
     if (!mkdtemp(folder)) return 1;
