@@ -94,6 +94,7 @@ static attn_policy *ivfpq_fork(const attn_policy *policy, quarry_error *error)
         p->open = ivfpq_segment_create(p, from->open->n, false, error);
         if (!p->open) goto fail;
         memcpy(p->open->memory, from->open->memory, from->open->bytes);
+        memcpy(p->open->status, from->open->status, (size_t)p->n_parts * sizeof *p->open->status);
     }
     if (memory_grow(&p->sealed, (size_t)from->n_sealed, sizeof *p->sealed, "key index", error) != QUARRY_OK) goto fail;
     p->n_sealed = p->capacity = from->n_sealed;

@@ -40,22 +40,23 @@ typedef struct ivfpq_options {
 
 /* Where the fields of a part lie, in bytes from its start. */
 typedef struct ivfpq_layout {
-    size_t status, centre, centroids, forward, forward_scale, query, query_scale, begin, value_scale, values, order, cluster, codes,
-        key_scale, keys, errors, outliers, total;
+    size_t centre, centroids, forward, forward_scale, query, query_scale, begin, value_scale, values, order, cluster, codes, key_scale,
+        keys, errors, outliers, total;
 } ivfpq_layout;
-
-typedef struct ivfpq_segment {
-    _Atomic int64_t n_refs;
-    int64_t first, n; /* positions [first, first + n); of the open segment: see ivfpq */
-    ivfpq_layout layout;
-    unsigned char *memory; /* [n_layer][n_head_kv] parts */
-    size_t bytes;
-} ivfpq_segment;
 
 typedef struct ivfpq_status {
     int32_t n_clusters;
     bool coded; /* false: no memory to build with, so every token is read */
 } ivfpq_status;
+
+typedef struct ivfpq_segment {
+    _Atomic int64_t n_refs;
+    int64_t first, n; /* positions [first, first + n); of the open segment: see ivfpq */
+    ivfpq_layout layout;
+    ivfpq_status *status;  /* [n_layer][n_head_kv] */
+    unsigned char *memory; /* [n_layer][n_head_kv] parts: first touched where they are made */
+    size_t bytes;
+} ivfpq_segment;
 
 typedef struct ivfpq_part {
     ivfpq_status *status;

@@ -21,7 +21,6 @@ static ivfpq_layout layout_make(const ivfpq *p, int64_t n, int64_t n_clusters, b
 {
     ivfpq_layout l;
     size_t at = 0, d = (size_t)p->d, c = (size_t)n_clusters, f = sizeof(float);
-    l.status = take(&at, sizeof(ivfpq_status));
     l.centre = take(&at, sealed ? d * f : 0);
     l.centroids = take(&at, sealed ? d * SCAN_CODES * f : 0);
     l.forward = take(&at, sealed ? d * d : 0);
@@ -56,19 +55,18 @@ ivfpq_segment *ivfpq_segment_create(const ivfpq *p, int64_t n, bool sealed, quar
     s->n = n;
     s->layout = layout_make(p, n, ivfpq_cluster_count(p, n, sealed), sealed);
     s->bytes = s->layout.total * (size_t)p->n_parts;
-    s->memory = memory_aligned((size_t)p->n_parts, s->layout.total, "key index", error);
-    if (!s->memory) {
-        memory_free(s);
-        return NULL;
-    }
-    for (int i = 0; i < p->n_parts; i++) *(ivfpq_status *)(s->memory + (size_t)i * s->layout.total) = (ivfpq_status){0};
-    return s;
+    s->status = memory_zero((size_t)p->n_parts, sizeof *s->status, "key index", error);
+    s->memory = s->status ? memory_aligned((size_t)p->n_parts, s->layout.total, "key index", error) : NULL;
+    if (s->memory) return s;
+    ivfpq_segment_release(s);
+    return NULL;
 }
 
 void ivfpq_segment_release(ivfpq_segment *s)
 {
     if (!s || atomic_fetch_sub(&s->n_refs, 1) != 1) return;
     memory_free(s->memory);
+    memory_free(s->status);
     memory_free(s);
 }
 
@@ -77,7 +75,7 @@ ivfpq_part ivfpq_part_of(const ivfpq *p, const ivfpq_segment *s, int part)
     const ivfpq_layout *l = &s->layout;
     unsigned char *m = s->memory + (size_t)part * l->total;
     return (ivfpq_part){
-        .status = (ivfpq_status *)(m + l->status),
+        .status = &s->status[part],
         .centre = (float *)(m + l->centre),
         .book = {p->d, p->n_sub, (float *)(m + l->centroids)},
         .forward = (int8_t *)(m + l->forward),

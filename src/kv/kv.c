@@ -8,9 +8,8 @@
  * translation of their addresses. */
 typedef struct kv_page {
     _Atomic int64_t n_refs;
-} kv_page; /* layers follow at PAGE_HEADER */
-
-enum { PAGE_HEADER = 64 };
+    char *rows; /* apart, so that their memory is first touched, and so cleared by the system, by the threads that write them */
+} kv_page;
 
 /* KV_PAGE tokens: of the layers that keep them all, and of the local ones (NULL where there are none, or none any more). */
 typedef struct kv_slot {
@@ -28,19 +27,28 @@ struct kv_seq {
 
 static size_t page_bytes(const kv_shape *shape, int n_layer)
 {
-    return PAGE_HEADER + kv_row_bytes(shape->type, shape->head_dim) * KV_PAGE * (size_t)shape->n_head_kv * (size_t)n_layer;
+    return kv_row_bytes(shape->type, shape->head_dim) * KV_PAGE * (size_t)shape->n_head_kv * (size_t)n_layer;
+}
+
+static void page_free(kv_page *page)
+{
+    memory_free(page->rows);
+    memory_free(page);
 }
 
 static kv_page *page_create(const kv_seq *kv, int n_layer, quarry_error *error)
 {
-    kv_page *page = memory_aligned(page_bytes(&kv->shape, n_layer), 1, "KV page", error);
-    if (page) atomic_init(&page->n_refs, 1);
-    return page;
+    kv_page *page = memory_zero(1, sizeof *page, "KV page", error);
+    if (!page) return NULL;
+    atomic_init(&page->n_refs, 1);
+    if ((page->rows = memory_aligned(page_bytes(&kv->shape, n_layer), 1, "KV page", error))) return page;
+    page_free(page);
+    return NULL;
 }
 
 static void page_release(kv_page *page)
 {
-    if (page && atomic_fetch_sub(&page->n_refs, 1) == 1) memory_free(page);
+    if (page && atomic_fetch_sub(&page->n_refs, 1) == 1) page_free(page);
 }
 
 static void slot_release(const kv_slot *slot)
@@ -118,8 +126,8 @@ static void slots_drop(kv_seq *kv, int64_t n_slots)
 static void copy_rows(const kv_seq *kv, int n_layer, kv_page *to, const kv_page *from, int64_t n)
 {
     for (int i = 0; i < n_layer * kv->shape.n_head_kv; i++) {
-        size_t at = PAGE_HEADER + (size_t)i * KV_PAGE * kv->row_bytes;
-        memcpy((char *)to + at, (const char *)from + at, (size_t)n * kv->row_bytes);
+        size_t at = (size_t)i * KV_PAGE * kv->row_bytes;
+        memcpy(to->rows + at, from->rows + at, (size_t)n * kv->row_bytes);
     }
 }
 
@@ -215,7 +223,7 @@ void *kv_row(const kv_seq *kv, int layer, int head, int64_t pos)
     const kv_slot *slot = &kv->slots[pos / KV_PAGE];
     bool local = layer >= kv->shape.n_layer;
     assert(!local || slot->local);
-    char *rows = (char *)(local ? slot->local : slot->all) + PAGE_HEADER;
+    char *rows = (local ? slot->local : slot->all)->rows;
     rows += (size_t)(local ? layer - kv->shape.n_layer : layer) * kv->layer_bytes;
     return rows + ((size_t)head * KV_PAGE + (size_t)(pos % KV_PAGE)) * kv->row_bytes;
 }
