@@ -273,6 +273,23 @@ class CliModel(unittest.TestCase):
         self.assertNotIn("stored", json.loads(quarry("ask", "--no-store", "--json", "-n", "4", "--doc", self.document, QUESTION, store=store).stdout))
         self.assertIn("read before", quarry("ask", "-n", "4", "--doc", self.document, QUESTION, store=store).stderr)
 
+    def test_a_context_that_is_nearly_another_is_made_all_the_same(self):
+        store, nearly = tempfile.mkdtemp(dir=STORES.name), os.path.join(self.folder.name, "nearly.txt")
+        text = filler(40)
+        for ending in (b".", b"\n\xe2\x82"):  # a control character and part of a character where they differ
+            pathlib.Path(nearly).write_bytes(text.encode() + ending + text.encode())
+            made = quarry("context", "create", "--doc", nearly, store=store)
+            self.assertEqual(made.returncode, 0, made.stderr)
+            self.assertIn("are kept", made.stdout)
+        self.assertRegex(made.stderr, r"(?m)^quarry: a stored context is the same up to token \d+.*$")
+        pathlib.Path(nearly).write_bytes(text.encode() + b"\xf0\x9f" + text.encode())
+        answer = json.loads(quarry("ask", "--json", "-n", "1", "--doc", nearly, "What?", store=store).stdout)
+        self.assertIn("the same up to token", answer["stored"]["note"])
+        self.assertNotIn("\n", answer["stored"]["note"])
+        refused = quarry("context", "create", "--attn", "full", "--doc", nearly, store=store)
+        self.assertEqual((refused.returncode, refused.stdout), (1, ""))
+        self.assertIn("--attn full", refused.stderr)
+
     def test_contexts_are_made_listed_verified_carried_and_removed(self):
         store, away = tempfile.mkdtemp(dir=STORES.name), os.path.join(self.folder.name, "away")
         more = os.path.join(self.folder.name, "more.txt")

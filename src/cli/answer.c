@@ -160,8 +160,9 @@ static json_t *answer_json(const report *r, const answer_text *answer)
 
 static json_t *stored_json(const quarry_stored *s)
 {
-    return json_pack("{s:o, s:o, s:s}", "taken", count_json(s->n_taken, s->take_seconds), "kept",
-                     json_pack("{s:I, s:f}", "bytes", (json_int_t)s->kept_bytes, "seconds", s->keep_seconds), "note", s->note);
+    return json_pack("{s:o, s:o, s:o}", "taken", count_json(s->n_taken, s->take_seconds), "kept",
+                     json_pack("{s:I, s:f}", "bytes", (json_int_t)s->kept_bytes, "seconds", s->keep_seconds), "note",
+                     json_text(s->note, strlen(s->note)));
 }
 
 static json_t *report_json(const report *r, const answer_text *answer)

@@ -11,7 +11,7 @@
 
 typedef struct context_settings {
     cli_store_options store;
-    bool json, quiet, all;
+    bool json, all;
 } context_settings;
 
 static const cli_option context_json_table[] = {
@@ -94,8 +94,8 @@ static int list_json(const catalogue_contexts *list, const catalogue_totals *tot
 {
     json_t *items = json_array();
     for (int64_t i = 0; items && i < list->n; i++) json_array_append_new(items, context_json(&list->items[i]));
-    return json_print(json_pack("{s:s, s:I, s:I, s:o}", "folder", folder, "pieces", (json_int_t)totals->n_pieces, "bytes",
-                                (json_int_t)totals->n_bytes, "contexts", items));
+    return json_print(json_pack("{s:o, s:I, s:I, s:o}", "folder", json_text(folder, strlen(folder)), "pieces", (json_int_t)totals->n_pieces,
+                                "bytes", (json_int_t)totals->n_bytes, "contexts", items));
 }
 
 static int list_run(const void *settings, const cli_list *arguments)
@@ -304,6 +304,8 @@ static int create_run(const void *settings, const cli_list *arguments)
     if (!code) code = cli_model_open(&model, &s->model, &s->output, store);
     if (!code && quarry_prompt_build(model, documents, s->documents.n, s->system, "?", &prompt, &error)) code = cli_fail_error(&error);
     if (!code) code = cli_session_open(&session, model, &s->session);
+    if (!code && !session_can_save(session))
+        code = cli_fail("--attn %s: what is read under this policy is not kept; create the context under ivfpq", s->session.attn);
     if (!code && !(names = cli_documents_names(documents, s->documents.n))) code = cli_fail("out of memory");
     if (!code) {
         cli_progress reading;
@@ -316,10 +318,11 @@ static int create_run(const void *settings, const cli_list *arguments)
         cli_work_end();
         if (!code && cli_interrupted()) code = cli_fail_interrupted();
     }
-    if (!code && *stored.note) code = cli_fail("%s", stored.note);
+    if (!code && *stored.note) fprintf(stderr, "quarry: %s\n", stored.note);
     if (!code && stored.n_taken + stored.n_kept < prompt.n_context)
-        code = cli_fail("%lld of %lld tokens are kept: texts of less than 64 tokens are read again as quickly",
-                        (long long)(stored.n_taken + stored.n_kept), (long long)prompt.n_context);
+        code = *stored.note ? CLI_FAILED
+                            : cli_fail("%lld of %lld tokens are kept: texts of less than 64 tokens are read again as quickly",
+                                       (long long)(stored.n_taken + stored.n_kept), (long long)prompt.n_context);
     if (!code && !s->output.quiet)
         cli_print("%lld tokens are kept: %lld were, %lld are new (%.1f MB)\n", (long long)prompt.n_context, (long long)stored.n_taken,
                   (long long)stored.n_kept, (double)stored.kept_bytes / 1e6);

@@ -76,6 +76,8 @@ static quarry_code check_pieces(const quarry_session *s, piece_file *const *piec
     if (s->tokens.n)
         return error_set(error, QUARRY_ERROR_ARGUMENT, "a saved context is loaded into an empty session; this one holds %lld tokens",
                          (long long)s->tokens.n);
+    if (s->n_policies != 1)
+        return error_set(error, QUARRY_ERROR_UNSUPPORTED, "a session of %d policies takes no saved context", s->n_policies);
     quarry_code code = session_subject(s, &own, error);
     if (code != QUARRY_OK) return code;
     if (last->fingerprint != own.fingerprint) return error_set(error, QUARRY_ERROR_ARGUMENT, "the saved context is of another model file");

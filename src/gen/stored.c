@@ -199,30 +199,44 @@ static quarry_code take(quarry_session *s, quarry_store *store, const int32_t *t
             if (error && code != QUARRY_OK) *error = wrong;
             return code;
         }
-        snprintf(info->note, sizeof info->note, "%s", wrong.message);
+        snprintf(info->note, sizeof info->note, "%.400s; it is removed, and its text read again", wrong.message);
         if ((code = catalogue_discard(store->catalogue, &damaged, NULL, error)) != QUARRY_OK) return code;
     }
 }
 
 /* ---- why not ---- */
 
+enum { SHOWN = 128 };
+
+/* A token as part of a line: whole characters, none of them control; cut if it is long. */
+static const char *token_shown(const quarry_model *m, int32_t token, char out[SHOWN])
+{
+    const tokenizer *t = model_tokenizer(m);
+    detokenizer d = {0};
+    size_t n_bytes, n = 0;
+    const char *bytes = tokenizer_token_bytes(t, token, &n_bytes);
+    if (!bytes || n_bytes > SHOWN - 20) return "...";
+    n = detokenizer_push(&d, t, token, out, SHOWN - 4);
+    n += detokenizer_finish(&d, out + n, SHOWN - 1 - n);
+    out[n] = 0;
+    for (char *c = out; *c; c++)
+        if ((unsigned char)*c < ' ' || *c == 127) *c = ' ';
+    return out;
+}
+
 /* Where the stored pieces that could go on after `taken` tokens differ from tokens[n], if one is nearly what was asked for. */
 static void explain(quarry_session *s, quarry_store *store, const int32_t *tokens, int64_t n, quarry_stored *info)
 {
     catalogue_chain children = {0};
-    piece_subject subject;
-    char params[CATALOGUE_PARAMS];
     const int64_t first = info->n_taken;
     int64_t best = 0;
     int32_t stored = -1;
     bool other_model = false;
-    if (session_subject(s, &subject, NULL) != QUARRY_OK) return;
-    params_of(&subject, params);
     if (catalogue_children(store->catalogue, &s->saved.end, &children, NULL) != QUARRY_OK) return;
     for (int64_t i = 0; i < children.n; i++) {
         char *path = catalogue_piece_path(store->catalogue, &children.pieces[i].key, NULL);
         piece_file *piece = path ? piece_open(path, NULL) : NULL;
-        const bool same_model = children.pieces[i].fingerprint == subject.fingerprint;
+        const bool same_model = children.pieces[i].fingerprint == s->policies[0]->shape.fingerprint;
         const int64_t most = children.pieces[i].n_tokens < n - first ? children.pieces[i].n_tokens : n - first;
         int64_t alike = 0;
         while (piece && alike < most && piece_tokens(piece)[alike] == tokens[first + alike]) alike++;
@@ -236,15 +250,14 @@ static void explain(quarry_session *s, quarry_store *store, const int32_t *token
     }
     catalogue_chain_free(&children);
     if (best < CLOSE_MISS) return;
-    size_t n_ours = 0, n_theirs = 0;
-    const char *ours = first + best < n ? quarry_token_text(s->model, tokens[first + best], &n_ours) : NULL;
-    const char *theirs = stored >= 0 ? quarry_token_text(s->model, stored, &n_theirs) : NULL;
+    char ours[SHOWN], theirs[SHOWN];
+    const bool differ = first + best < n && stored >= 0;
     if (other_model)
         snprintf(info->note, sizeof info->note,
                  "a stored context of %lld equal tokens is of another model file, or of another conversion of this one", (long long)best);
-    else if (ours && theirs)
-        snprintf(info->note, sizeof info->note, "a stored context is the same up to token %lld, where it has '%.*s' instead of '%.*s'",
-                 (long long)(first + best), (int)n_theirs, theirs, (int)n_ours, ours);
+    else if (differ)
+        snprintf(info->note, sizeof info->note, "a stored context is the same up to token %lld, where it has '%s' instead of '%s'",
+                 (long long)(first + best), token_shown(s->model, stored, theirs), token_shown(s->model, tokens[first + best], ours));
     else
         snprintf(info->note, sizeof info->note,
                  "a stored context is the same up to token %lld and ends elsewhere, or its index has other options",

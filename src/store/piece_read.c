@@ -17,8 +17,7 @@ struct piece_file {
 
 static quarry_code damaged(const piece_file *p, const char *what, quarry_error *error)
 {
-    return error_set(error, QUARRY_ERROR_FORMAT, "%s: damaged: %s; remove it with 'quarry context rm' and read the document again",
-                     file_map_path(p->file), what);
+    return error_set(error, QUARRY_ERROR_FORMAT, "%s: damaged: %s", file_map_path(p->file), what);
 }
 
 /* Bytes [at, end) of the file into a new buffer; their checksum is in the last 8. */
