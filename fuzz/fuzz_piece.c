@@ -29,8 +29,8 @@ static bool repair(uint8_t *bytes, size_t n, piece_header *h)
     seal(bytes, 0, PIECE_HEADER);
     if (piece_header_parse(h, bytes, "fuzz", NULL) != QUARRY_OK || h->n_segments > 64 || h->subject.end > MOST) return false;
     const int64_t n_tokens = h->subject.end - h->subject.first;
-    const uint64_t table = (PIECE_HEADER + (uint64_t)n_tokens * 4 + 63) / 64 * 64;
-    const uint64_t end = (table + (uint64_t)h->n_segments * PIECE_SEGMENT + 8 + 63) / 64 * 64;
+    uint64_t table;
+    const uint64_t end = piece_front(h, &table);
     if (end > n) return false;
     for (int64_t i = 0; i < n_tokens; i++) tokens[i] = (int32_t)get32(bytes + PIECE_HEADER + 4 * i);
     for (int64_t i = 0; i < h->n_segments; i++) {

@@ -148,15 +148,14 @@ quarry_code piece_layout_make(piece_layout *l, const piece_header *h, const attn
     const piece_subject *s = &h->subject;
     const int parts = s->kv.n_layer * s->kv.n_head_kv, local_parts = s->kv.n_local * s->kv.n_head_kv;
     const int64_t kept = kv_local_kept(&s->kv, s->end), sinks = piece_loose_sinks(h);
-    uint64_t at = PIECE_HEADER;
+    uint64_t at;
     *l = (piece_layout){.row_bytes = kv_row_bytes(s->kv.type, s->kv.head_dim), .n_regions = h->n_segments + 2};
     l->block_rows = block_rows(l->row_bytes);
     l->block_bytes = (uint64_t)l->block_rows * l->row_bytes;
     l->local_first = kept > s->first ? kept : s->first;
     if (!(l->regions = memory_zero((size_t)l->n_regions, sizeof *l->regions, "saved context", error))) return QUARRY_ERROR_MEMORY;
-    bool fits = take(&at, (uint64_t)(s->end - s->first), 4, PIECE_ALIGN, &l->tokens_at) &&
-                take(&at, (uint64_t)h->n_segments * PIECE_SEGMENT + 8, 1, PIECE_ALIGN, &l->table_at);
-    l->table_end = at;
+    bool fits = true;
+    at = l->table_end = piece_front(h, &l->table_at);
     for (int64_t i = 0; i < l->n_regions && fits; i++) {
         piece_region *r = &l->regions[i];
         const bool segment = i < h->n_segments, local = i == h->n_segments + 1;

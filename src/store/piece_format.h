@@ -33,7 +33,7 @@ typedef struct piece_region {
 typedef struct piece_layout {
     int64_t block_rows;
     uint64_t block_bytes, row_bytes;
-    uint64_t tokens_at, table_at, table_end, state_at, state_end,
+    uint64_t table_at, table_end, state_at, state_end,
         total; /* what ends at table_end, and at state_end, has its checksum in the last 8 bytes */
     int64_t n_regions;
     piece_region *regions; /* [n_regions]; free with memory_free */
@@ -45,6 +45,14 @@ void piece_header_pack(const piece_header *h, uint8_t out[PIECE_HEADER]);
 quarry_code piece_header_parse(piece_header *h, const uint8_t *bytes, const char *name, quarry_error *error);
 /* MEMORY, or FORMAT (without a message) if the sizes are impossible. */
 quarry_code piece_layout_make(piece_layout *l, const piece_header *h, const attn_saved_segment *segments, quarry_error *error);
+
+/* Where the table of segments begins, and the front ends: all that can be known before the table is read. */
+static inline uint64_t piece_front(const piece_header *h, uint64_t *table_at)
+{
+    const uint64_t tokens = (uint64_t)(h->subject.end - h->subject.first) * 4, table = (uint64_t)h->n_segments * PIECE_SEGMENT + 8;
+    *table_at = (PIECE_HEADER + tokens + PIECE_ALIGN - 1) / PIECE_ALIGN * PIECE_ALIGN;
+    return (*table_at + table + PIECE_ALIGN - 1) / PIECE_ALIGN * PIECE_ALIGN;
+}
 
 /* Sinks among the loose rows. */
 static inline int64_t piece_loose_sinks(const piece_header *h)

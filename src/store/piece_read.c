@@ -35,11 +35,10 @@ static quarry_code read_front(piece_file *p, quarry_error *error)
 {
     const piece_header *h = &p->header;
     const int64_t n = h->subject.end - h->subject.first;
-    const uint64_t size = file_map_size(p->file), align = PIECE_ALIGN;
-    const uint64_t table = (PIECE_HEADER + (uint64_t)n * 4 + align - 1) / align * align;
-    const uint64_t end = (table + (uint64_t)h->n_segments * PIECE_SEGMENT + 8 + align - 1) / align * align;
+    uint64_t table;
+    const uint64_t end = piece_front(h, &table);
     uint8_t *front = NULL;
-    if (end > size) return damaged(p, "it is cut short", error);
+    if (end > file_map_size(p->file)) return damaged(p, "it is cut short", error);
     quarry_code code = read_section(p, PIECE_HEADER, end, "the checksum of its tokens is wrong", &front, error);
     p->tokens = memory_alloc((size_t)n, sizeof *p->tokens, "saved context", error);
     p->segments = memory_alloc((size_t)h->n_segments, sizeof *p->segments, "saved context", error);

@@ -123,7 +123,7 @@ static quarry_code write_front(writer *w, file_writer *file, quarry_error *error
     uint8_t *front = memory_zero(size, 1, "saved context", error), *out;
     if (!front) return QUARRY_ERROR_MEMORY;
     piece_header_pack(&w->header, front);
-    out = front + w->layout.tokens_at;
+    out = front + PIECE_HEADER;
     for (int64_t i = 0; i < s->end - s->first; i++, out += 4) put32(out, (uint32_t)w->source->tokens[i]);
     out = front + w->layout.table_at;
     for (int64_t i = 0; i < w->header.n_segments; i++, out += PIECE_SEGMENT) {
