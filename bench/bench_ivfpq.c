@@ -99,7 +99,7 @@ static void build(bench *b)
     printf("%-28s %8.2f ms per part   (appends in blocks of 512 %.2f, seal %.2f), %.2f ms per 2,048 tokens\n", "index",
            (appends + seal) / b->parts * 1e3, appends / b->parts * 1e3, seal / b->parts * 1e3,
            (appends + seal) / b->parts * 1e3 * 2048 / (double)n);
-    printf("%-28s %8.2f %% of the cache\n", "index size", 100 * (double)b->p->type->bytes(b->p) / (double)kv_bytes(b->kv));
+    printf("%-28s %8.2f %% of the cache\n", "index size", 100 * (double)attn_policy_bytes(b->p) / (double)kv_bytes(b->kv));
 }
 
 static void decode(bench *b)

@@ -332,7 +332,7 @@ static void the_tail_estimates_what_was_left(void **state)
         if (tail == 2) {
             attn_policy *fork = p->type->fork(p, NULL);
             assert_non_null(fork);
-            assert_true(fork->type->bytes(fork) > 0);
+            assert_true(attn_policy_bytes(fork) > 0);
             attn_policy_destroy(p);
             p = fork;
             p->type->truncate(p, 400);

@@ -10,6 +10,7 @@ import pathlib
 import pty
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ CODE = "7316402"
 FACT = f"One of the special magic numbers for lighthouse is: {CODE}. "
 QUESTION = "What is the special magic number for lighthouse?"
 DEMO_DOCUMENT = "/usr/share/common-licenses/GPL-3"
+SANITIZED = b"__asan_init" in QUARRY.read_bytes() if QUARRY.exists() else False
 HANGS = 600  # seconds that no command takes, however loaded the machine; ctest has a limit for all
 
 
@@ -82,7 +84,12 @@ class CliModel(unittest.TestCase):
         self.assertGreater(answer["generated"]["tokens_per_second"], 0)
         self.assertGreater(answer["kv_read_per_token"]["full_attention_bytes"], 0)
         self.assertEqual(answer["model"]["architecture"], "llama")
-        self.assertGreater(answer["memory"]["peak_resident"], answer["memory"]["weights"])
+        memory = answer["memory"]
+        parts = ("weights", "kv", "index", "codebooks", "scratch", "vocabulary", "program")
+        self.assertEqual(memory["together"], sum(memory[part] for part in parts))
+        self.assertGreater(memory["kv"], 0)
+        self.assertGreaterEqual(memory["peak_resident"], memory["resident"])
+        self.assertEqual(answer["disk"]["model"], os.path.getsize(TINY_MODEL))
 
     def test_citations_name_document_and_lines(self):
         lines = pathlib.Path(self.document).read_text().replace(". ", ".\n")
@@ -236,8 +243,48 @@ class CliModel(unittest.TestCase):
         self.assertEqual(large["memory"]["kv"], 8 * small["memory"]["kv"])
         self.assertEqual(small["architecture"], "llama")
         text = quarry("info").stdout
-        for word in ("parameters", "kernels", "keys and values", "index"):
+        for word in ("parameters", "kernels", "keys and values", "index", "together", "stored context"):
             self.assertIn(word, text)
+
+    def test_info_reckons_with_the_policy_and_the_way_of_reading(self):
+        def memory(*arguments):
+            result = json.loads(quarry("info", "--json", "-c", "8192", *arguments).stdout)
+            return dict(result["memory"], stored=result["disk"]["stored"])
+
+        usual, full = memory(), memory("--attn", "full")
+        self.assertGreater(usual["index"], 100 * full["index"])
+        self.assertEqual((full["kv"], full["stored"]), (usual["kv"], 0))
+        self.assertEqual(memory("--kv-f32")["kv"], 2 * usual["kv"])
+        self.assertGreater(memory("--extend")["kv"], usual["kv"])  # local rows are kept twice
+        self.assertGreater(memory("-t", "4")["scratch"], usual["scratch"])
+        self.assertTrue(usual["kv"] < usual["stored"] < 1.25 * usual["kv"])
+        self.assertIn("unknown retrieval policy 'ivfqp'", quarry("info", "--attn", "ivfqp").stderr)
+
+    def test_what_does_not_fit_is_refused_before_it_is_read(self):
+        def limit():
+            resource.setrlimit(resource.RLIMIT_DATA, (64 << 20, resource.RLIM_INFINITY))
+
+        if SANITIZED:
+            self.skipTest("the sanitizer takes more than any limit")
+        text = os.path.join(self.folder.name, "novel.txt")
+        pathlib.Path(text).write_text(filler(40000))
+        command = ("ask", "--extend", "-t", "1", "--doc", text, QUESTION)
+        result = quarry(*command, preexec_fn=limit)
+        self.assertEqual((result.returncode, result.stdout), (1, ""), result.stderr)
+        self.assertRegex(result.stderr, r"^quarry: \d+ tokens take \d+ MiB of memory \(keys and values \d+, index \d+\), and ulimit leaves \d+: .*smaller model\n$")
+        stored = quarry("context", "create", *command[1:-1], preexec_fn=limit)
+        self.assertEqual(stored.returncode, 1)
+        self.assertIn("and ulimit leaves", stored.stderr)
+
+    def test_weights_that_may_not_be_locked_are_said_and_used(self):
+        def limit():
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, 4096))
+
+        plain, locked = self.ask("-q"), self.ask("-q", "--mlock", preexec_fn=limit)
+        self.assertEqual((locked.returncode, locked.stdout), (0, plain.stdout))
+        if os.geteuid() != 0:  # the superuser locks what he likes
+            self.assertIn("the weights are not kept in memory", locked.stderr)
+        self.assertEqual(self.ask("-q", "--no-mmap").stdout, plain.stdout)
 
     def test_wrong_policies_are_refused_by_name(self):
         for policy in ("ivfqp", "ivfpq:budgte=0.1", "ivfpq:budget=much"):
@@ -519,6 +566,19 @@ class CliRealModel(unittest.TestCase):
         for isa in (None, "avx2"):
             result = quarry("ask", "-m", REAL_MODEL, "-q", "--doc", DEMO_DOCUMENT, question, isa=isa)
             self.assertIn("show w", result.stdout, isa)
+
+    @unittest.skipIf(SANITIZED, "the sanitizer's memory is in nobody's account")
+    def test_the_parts_of_memory_are_together_what_the_system_counts(self):
+        with tempfile.TemporaryDirectory() as folder:
+            document = os.path.join(folder, "long.txt")
+            pathlib.Path(document).write_text(filler(100))
+            for attn in ("ivfpq", "full"):
+                store = os.path.join(folder, attn)
+                for turn in ("read", "stored", "not stored"):
+                    extra = ["--no-store"] if turn == "not stored" else []
+                    result = quarry("ask", "-m", REAL_MODEL, "--json", "-n", "8", "--attn", attn, *extra, "--doc", document, QUESTION, store=store)
+                    memory = json.loads(result.stdout)["memory"]
+                    self.assertAlmostEqual(memory["together"] / memory["resident"], 1, delta=0.05, msg=f"{attn}, {turn}")
 
     def test_a_text_is_continued_in_its_sense(self):
         result = quarry("run", "-m", REAL_MODEL, "-q", "-n", "4", "One, two, three, four, five,")

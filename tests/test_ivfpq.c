@@ -869,7 +869,7 @@ static void what_was_read_is_counted(void **state)
     int64_t all = (w.p->n_far - ATTN_SINKS) * 256;
     assert_true(attn_cost_bytes(&o.cost, 0) > all / 32); /* the codes alone */
     assert_true(attn_cost_bytes(&o.cost, 0) < all / 4);
-    size_t bytes = w.p->type->bytes(w.p);
+    size_t bytes = attn_policy_bytes(w.p);
     assert_true(bytes > 4 * 2100 * 8 && bytes < 8 << 20);
     outcome_free(&o);
     close_world(&w);

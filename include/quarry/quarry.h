@@ -100,8 +100,10 @@ typedef struct quarry_fingerprints {
 } quarry_fingerprints;
 
 typedef struct quarry_model_params {
-    int n_threads;             /* 0: one per available core */
-    bool no_mmap;              /* read the file instead of mapping it */
+    int n_threads; /* 0: one per available core */
+    bool no_mmap;  /* read the file instead of mapping it */
+    bool
+        mlock; /* keep the weights in RAM, safe from swapping; if the system does not allow it, the log is told, and nothing else changes */
     const char *chat_template; /* NULL: recognise the model's own; otherwise the name of a family, e.g. "chatml", or "plain" for no turns */
     quarry_log_fn log;         /* NULL: silent */
     void *log_data;
@@ -270,8 +272,8 @@ typedef struct quarry_stored {
     int64_t n_taken; /* tokens that came from the store instead of being read */
     int64_t n_kept;  /* tokens that the store has now and had not before */
     double take_seconds, keep_seconds;
-    uint64_t kept_bytes; /* written to the store */
-    char note[512];      /* one line: why a stored context that is nearly the same was not taken, or why this one is not kept; else "" */
+    uint64_t taken_bytes, kept_bytes; /* of files: what was taken from, what was written */
+    char note[512]; /* one line: why a stored context that is nearly the same was not taken, or why this one is not kept; else "" */
 } quarry_stored;
 
 /* Reads tokens[n] into an empty session as quarry_session_read does, but takes the longest beginning that the store holds from there, if its token ids, the

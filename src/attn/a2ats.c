@@ -246,11 +246,23 @@ static void a2ats_truncate(attn_policy *policy, int64_t n)
     if (p->inner) p->inner->type->truncate(p->inner, end);
 }
 
-static size_t a2ats_bytes(const attn_policy *policy)
+static void a2ats_tally(const attn_policy *policy, attn_memory *memory)
 {
     const a2ats *p = (const a2ats *)policy;
-    const size_t lists = n_heads(p) * ((size_t)p->capacity * 6 + (size_t)p->tables->header.n_centroids * 8);
-    return sizeof *p + lists + a2ats_tables_bytes(p->tables) + (p->inner ? p->inner->type->bytes(p->inner) : 0);
+    const size_t cells = n_heads(p) * (size_t)p->tables->header.n_centroids, tokens = n_heads(p) * (size_t)p->capacity;
+    memory_tally_add(&memory->index, p, sizeof *p);
+    memory_tally_add(&memory->index, p->newest, cells * sizeof *p->newest);
+    memory_tally_add(&memory->index, p->count, cells * sizeof *p->count);
+    memory_tally_add(&memory->index, p->code, tokens * sizeof *p->code);
+    memory_tally_add(&memory->index, p->next, tokens * sizeof *p->next);
+    a2ats_tables_tally(p->tables, &memory->codebooks);
+    if (p->inner) p->inner->type->tally(p->inner, memory);
+}
+
+static size_t a2ats_scratch(const attn_policy *policy, int64_t n_far)
+{
+    const attn_policy *inner = ((const a2ats *)policy)->inner;
+    return inner ? inner->type->scratch(inner, n_far) : 0;
 }
 
 /* ---- select ---- */
@@ -431,5 +443,6 @@ const attn_policy_type attn_a2ats = {
     .select = a2ats_select,
     .tail = a2ats_tail,
     .truncate = a2ats_truncate,
-    .bytes = a2ats_bytes,
+    .tally = a2ats_tally,
+    .scratch = a2ats_scratch,
 };

@@ -23,7 +23,7 @@ typedef struct a2ats_tables {
 /* From a codebook file for this model; FORMAT, UNSUPPORTED, ARGUMENT (another model's). */
 a2ats_tables *a2ats_tables_read(const char *path, const attn_shape *shape, const math_kernels *kernels, quarry_error *error);
 void a2ats_tables_release(a2ats_tables *t); /* NULL allowed */
-size_t a2ats_tables_bytes(const a2ats_tables *t);
+void a2ats_tables_tally(const a2ats_tables *t, memory_tally *tally);
 
 /* `at` is a head's number in all layers. scores[n][tiles * A2ATS_TILE] = products of q[n][d] with the centroids, n <= ATTN_MAX_GROUP. */
 void a2ats_tables_score(const a2ats_tables *t, const math_kernels *kernels, size_t at, const float *q, int64_t n, float *scores);

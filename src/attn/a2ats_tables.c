@@ -14,11 +14,17 @@ void a2ats_tables_release(a2ats_tables *t)
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) memory_free(arrays[i]);
 }
 
-size_t a2ats_tables_bytes(const a2ats_tables *t)
+void a2ats_tables_tally(const a2ats_tables *t, memory_tally *tally)
 {
     const size_t heads = (size_t)t->header.n_layer * (size_t)t->header.n_head_kv, d = (size_t)t->header.head_dim;
-    const size_t k = (size_t)t->tiles * A2ATS_TILE, stored = t->f16 ? k * d * sizeof *t->f16 : k * d + (k + d) * sizeof(float);
-    return sizeof *t + heads * (stored + (d * d + k) * sizeof(float));
+    const size_t rows = heads * (size_t)t->tiles * A2ATS_TILE;
+    memory_tally_add(tally, t, sizeof *t);
+    memory_tally_add(tally, t->metric, heads * d * d * sizeof *t->metric);
+    memory_tally_add(tally, t->half, rows * sizeof *t->half);
+    memory_tally_add(tally, t->f16, rows * d * sizeof *t->f16);
+    memory_tally_add(tally, t->int8, rows * d);
+    memory_tally_add(tally, t->scale, rows * sizeof *t->scale);
+    memory_tally_add(tally, t->mean, heads * d * sizeof *t->mean);
 }
 
 /* out[n][stride] from centroid A2ATS_TILE * tile on = products of q[n][d] with a tile of the head's centroids. */

@@ -101,6 +101,11 @@ typedef struct attn_selection {
 
 typedef struct attn_saving attn_saving; /* below */
 
+/* What policies hold. */
+typedef struct attn_memory {
+    memory_tally index, codebooks; /* what grows with every token; tables that were learned once */
+} attn_memory;
+
 /* A policy is a table of functions over a state that covers all layers and KV heads of one session. Functions marked (parallel) may be called at the same time for different
  * (layer, head), never twice for the same one. q is post-RoPE, not scaled. Positions are absolute. */
 typedef struct attn_policy_type {
@@ -134,8 +139,10 @@ typedef struct attn_policy_type {
                  const void *const *rows, arena *scratch, attention_state *state, attn_cost *cost);
     /* Forget positions >= n (n may lie inside a sealed segment: only live tokens are selected and estimated). */
     void (*truncate)(attn_policy *p, int64_t n);
-    size_t (*bytes)(const attn_policy *p);
-    const attn_saving *saving; /* NULL: its index is not kept in saved contexts */
+    void (*tally)(const attn_policy *p, attn_memory *memory); /* adds what it holds */
+    size_t (*scratch)(const attn_policy *p,
+                      int64_t n_far); /* what indexing n_far tokens takes of each thread's scratch, about. NULL: little */
+    const attn_saving *saving;        /* NULL: its index is not kept in saved contexts */
 } attn_policy_type;
 
 /* What a saved context keeps of an index: its sealed segments, and a state. Segments are counted from 0. */
@@ -179,7 +186,10 @@ struct attn_policy {
 extern const attn_policy_type *const attn_policies[];
 /* spec is "name" or "name:option=value,…". Error ARGUMENT: unknown name (lists the known), unknown option, bad value. */
 attn_policy *attn_policy_create(const char *spec, const attn_shape *shape, const math_kernels *kernels, quarry_error *error);
-void attn_policy_destroy(attn_policy *p); /* NULL allowed */
+void attn_policy_destroy(attn_policy *p);       /* NULL allowed */
+size_t attn_policy_bytes(const attn_policy *p); /* allocated, index and codebooks */
+/* What attention and index take of each thread's scratch when n_far tokens are indexed, about. */
+size_t attn_policy_scratch(const attn_policy *p, int64_t n_far);
 
 /* Option strings: reads "key=value" pairs into fields. */
 typedef struct attn_option {

@@ -171,12 +171,46 @@ static void ivfpq_truncate(attn_policy *policy, int64_t n)
     for (int i = 0; p->open && i < p->n_parts; i++) ivfpq_part_of(p, p->open, i).status->n_clusters = (int32_t)(p->n_coded / IVFPQ_RUN);
 }
 
-static size_t ivfpq_bytes(const attn_policy *policy)
+/* The tables of a sealed segment lie among its parts, whose pages are all in use: counted apart by their sizes. */
+static void segment_tally(const ivfpq *p, const ivfpq_segment *s, bool sealed, attn_memory *memory)
+{
+    const size_t tables = sealed ? s->layout.begin * (size_t)p->n_parts : 0;
+    memory_tally all = {.held_only = memory->index.held_only};
+    memory_tally_add(&all, s->memory, memory_aligned_bytes(s->bytes));
+    memory_tally_add(&all, s->status, (size_t)p->n_parts * sizeof *s->status);
+    const size_t in_ram = tables < all.resident ? tables : all.resident;
+    memory->codebooks.held += tables;
+    memory->codebooks.resident += in_ram;
+    memory->index.held += all.held - tables;
+    memory->index.resident += all.resident - in_ram;
+}
+
+static void ivfpq_tally(const attn_policy *policy, attn_memory *memory)
 {
     const ivfpq *p = (const ivfpq *)policy;
-    size_t d = (size_t)p->d, n = sizeof *p + (size_t)p->n_parts * (2 * d * d * sizeof(float) + 2 * sizeof(int64_t));
-    for (int64_t i = 0; i < p->n_sealed; i++) n += memory_aligned_bytes(p->sealed[i]->bytes);
-    return n + (p->open ? memory_aligned_bytes(p->open->bytes) : 0);
+    const size_t parts = (size_t)p->n_parts, moments = parts * (size_t)p->d * (size_t)p->d * sizeof *p->moments;
+    memory_tally_add(&memory->index, p, sizeof *p);
+    memory_tally_add(&memory->codebooks, p->moments, moments);
+    memory_tally_add(&memory->codebooks, p->ahead, moments);
+    memory_tally_add(&memory->codebooks, p->n_queries, parts * sizeof *p->n_queries);
+    memory_tally_add(&memory->codebooks, p->n_ahead, parts * sizeof *p->n_ahead);
+    for (int64_t i = 0; i < p->n_sealed; i++) segment_tally(p, p->sealed[i], true, memory);
+    if (p->open) segment_tally(p, p->open, false, memory);
+}
+
+/* Of a builder of the largest segment: floats of keys and values in both orders, and again by groups of clusters; codes; and square matrices for the basis. */
+static size_t ivfpq_scratch(const attn_policy *policy, int64_t n_far)
+{
+    const ivfpq *p = (const ivfpq *)policy;
+    int64_t most = 0;
+    for (int64_t first = ATTN_SINKS, rest = n_far; rest > 0;) {
+        const int64_t full = ivfpq_full_segment(p, first), n = ivfpq_min64(rest, full);
+        most = n > most ? n : most;
+        first += n;
+        rest -= n;
+    }
+    const size_t d = (size_t)p->d, floats = 9 * d + d / 2 + d / 8 + 12;
+    return (size_t)most * floats * sizeof(float) + 13 * d * d * sizeof(float);
 }
 
 const attn_policy_type attn_ivfpq = {
@@ -211,6 +245,7 @@ const attn_policy_type attn_ivfpq = {
     .select_block = ivfpq_select_block,
     .tail = ivfpq_tail,
     .truncate = ivfpq_truncate,
-    .bytes = ivfpq_bytes,
+    .tally = ivfpq_tally,
+    .scratch = ivfpq_scratch,
     .saving = &ivfpq_saving,
 };

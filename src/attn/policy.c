@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "attn/attn.h"
+#include "attn/pass.h"
 #include "attn/policies.h"
 
 const attn_policy_type *const attn_policies[] = {&attn_ivfpq,   &attn_full,    &attn_window, &attn_oracle,   &attn_quest,
@@ -35,6 +36,23 @@ attn_policy *attn_policy_create(const char *spec, const attn_shape *shape, const
 void attn_policy_destroy(attn_policy *p)
 {
     if (p) p->type->destroy(p);
+}
+
+size_t attn_policy_bytes(const attn_policy *p)
+{
+    attn_memory memory = {{.held_only = true}, {.held_only = true}};
+    p->type->tally(p, &memory);
+    return memory.index.held + memory.codebooks.held;
+}
+
+size_t attn_policy_scratch(const attn_policy *p, int64_t n_far)
+{
+    const size_t d = (size_t)p->shape.kv.head_dim, group = (size_t)(p->shape.n_head / p->shape.kv.n_head_kv),
+                 n = n_far > 0 ? (size_t)n_far : 0;
+    const size_t tile = attention_tile_scratch(TILE_VECTORS, (int)d) + 4 * TILE_VECTORS * d * sizeof(float);
+    const size_t select = p->type->select ? n * (4 * group + 10) : 0; /* a score for every token and head, places of some */
+    const size_t index = p->type->scratch ? p->type->scratch(p, n_far) : 0;
+    return tile + (select > index ? select : index);
 }
 
 static quarry_code set_option(const char *policy, const char *key, size_t n_key, const char *value, size_t n_value,

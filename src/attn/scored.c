@@ -107,11 +107,23 @@ attn_policy *scored_fork(const attn_policy *policy, quarry_error *error)
     return &p->base;
 }
 
-size_t scored_bytes(const attn_policy *policy)
+void scored_tally(const attn_policy *policy, attn_memory *memory)
 {
     const scored *p = (const scored *)policy;
-    size_t parts = (size_t)p->n_parts, n = sizeof *p + parts * (p->table_bytes + (size_t)p->capacity * p->unit_bytes);
-    return n + (p->inner ? p->inner->type->bytes(p->inner) : 0);
+    const size_t parts = (size_t)p->n_parts;
+    memory_tally_add(&memory->index, p, sizeof *p);
+    memory_tally_add(&memory->codebooks, p->tables, parts * p->table_bytes);
+    memory_tally_add(&memory->index, p->units, parts * (size_t)p->capacity * p->unit_bytes);
+    if (p->inner) p->inner->type->tally(p->inner, memory);
+}
+
+/* Learning takes all keys, in one order or two. */
+size_t scored_scratch(const attn_policy *policy, int64_t n_far)
+{
+    const scored *p = (const scored *)policy;
+    const size_t keys = p->method->learn ? (size_t)n_far * (size_t)p->d * 4 * sizeof(float) : 0;
+    const size_t inner = p->inner ? p->inner->type->scratch(p->inner, n_far) : 0;
+    return keys > inner ? keys : inner;
 }
 
 /* ---- keeping up ---- */

@@ -77,7 +77,7 @@ struct scored {
 #define SCORED_KEEPING                                                                                                                     \
     .destroy = scored_destroy, .fork = scored_fork, .observe = scored_observe, .reserve = scored_reserve, .append = scored_append,         \
     .commit = scored_commit, .reserve_seal = scored_reserve_seal, .seal = scored_seal, .commit_seal = scored_commit_seal,                  \
-    .truncate = scored_truncate, .bytes = scored_bytes
+    .truncate = scored_truncate, .tally = scored_tally, .scratch = scored_scratch
 #define SCORED_FUNCTIONS SCORED_KEEPING, .select = scored_select, .tail = scored_tail
 
 /* How the options of the choice are listed; a method's own come before. */
@@ -106,7 +106,8 @@ quarry_code scored_select(const attn_policy *p, int layer, int head, const kv_se
 void scored_tail(const attn_policy *p, int layer, int head, const float *q, const attn_selection *sel, const float *scores,
                  const void *const *rows, arena *scratch, attention_state *state, attn_cost *cost);
 void scored_truncate(attn_policy *p, int64_t n);
-size_t scored_bytes(const attn_policy *p);
+void scored_tally(const attn_policy *p, attn_memory *memory);
+size_t scored_scratch(const attn_policy *p, int64_t n_far);
 
 /* The part that select or tail works on; tail does not have the rows. */
 scored_part scored_part_of(const scored *p, const kv_seq *kv, int layer, int head);

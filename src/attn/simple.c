@@ -60,9 +60,9 @@ static void truncate_far(attn_policy *p, int64_t n)
     if (n < p->n_far) p->n_far = n > ATTN_SINKS ? n : ATTN_SINKS;
 }
 
-static size_t bytes(const attn_policy *p)
+static void tally(const attn_policy *p, attn_memory *memory)
 {
-    return sizeof *p;
+    memory_tally_add(&memory->index, p, sizeof *p);
 }
 
 const attn_policy_type attn_full = {
@@ -76,7 +76,7 @@ const attn_policy_type attn_full = {
     .append = nothing_to_append,
     .commit = commit,
     .truncate = truncate_far,
-    .bytes = bytes,
+    .tally = tally,
 };
 
 const attn_policy_type attn_window = {
@@ -91,5 +91,5 @@ const attn_policy_type attn_window = {
     .commit = commit,
     .select = select_nothing,
     .truncate = truncate_far,
-    .bytes = bytes,
+    .tally = tally,
 };

@@ -73,3 +73,20 @@ void arena_free(arena *a)
     }
     a->n_bytes = 0;
 }
+
+void arena_tally(const arena *a, memory_tally *tally)
+{
+    for (const arena_block *b = a->block; b; b = b->next) memory_tally_add(tally, b, b->size + HEADER);
+}
+
+bool arena_lock(const arena *a)
+{
+    bool locked = true;
+    for (const arena_block *b = a->block; b && locked; b = b->next) locked = memory_lock(b, b->size + HEADER);
+    return locked;
+}
+
+void arena_unlock(const arena *a)
+{
+    for (const arena_block *b = a->block; b; b = b->next) memory_unlock(b, b->size + HEADER);
+}

@@ -5,6 +5,7 @@
 #include <stddef.h>
 
 #include "base/error.h"
+#include "base/resident.h"
 
 typedef struct arena_block arena_block;
 
@@ -20,5 +21,8 @@ quarry_code arena_reserve(arena *a, size_t n_bytes, quarry_error *error);
 /* Forgets all allocations; keeps one block large enough for what was used. */
 void arena_reset(arena *a);
 void arena_free(arena *a);
+void arena_tally(const arena *a, memory_tally *tally); /* counts its blocks */
+bool arena_lock(const arena *a);                       /* as memory_lock, all of its blocks */
+void arena_unlock(const arena *a);
 
 #endif

@@ -2,9 +2,8 @@
 
 #include <stdio.h>
 #include <string.h>
-#include <sys/resource.h>
 
-#include "cli/json.h"
+#include "cli/memory.h"
 
 int answer_check_room(const quarry_model *model, const answer_settings *settings, int64_t n_tokens, const char *what)
 {
@@ -80,17 +79,12 @@ typedef struct report {
     const answer_settings *settings;
     quarry_stats stats;
     quarry_stop_reason reason;
-    size_t resident_bytes;       /* most the process ever held */
+    session_memory memory;
+    process_memory process;
     const quarry_stored *stored; /* NULL: no store */
     const cite_request *cite;    /* NULL: no citations */
     cite_result citations;
 } report;
-
-static size_t peak_resident(void)
-{
-    struct rusage usage;
-    return getrusage(RUSAGE_SELF, &usage) ? 0 : (size_t)usage.ru_maxrss * 1024;
-}
 
 static double per_second(int64_t n, double seconds)
 {
@@ -111,9 +105,7 @@ static const char *const reason_notes[] = {[QUARRY_STOP_END] = "",
 static void print_report(const report *r)
 {
     const quarry_stats *s = &r->stats;
-    char a[32], b[32], c[32], d[32], e[32];
-    quarry_model_info info;
-    quarry_model_get_info(r->model, &info);
+    char a[32], b[32], c[32], text[256];
     fprintf(stderr, "\n");
     if (r->stored && r->stored->n_taken)
         fprintf(stderr, "stored     %lld tokens, read before, in %.2f s\n", (long long)r->stored->n_taken, r->stored->take_seconds);
@@ -130,9 +122,15 @@ static void print_report(const report *r)
         fprintf(stderr, "attention  %s read %s of keys and values per token, full attention reads %s: %.1f times as much\n",
                 r->settings->session.attn, cli_bytes(s->kv_bytes_per_step, a), cli_bytes(s->kv_bytes_full, b),
                 s->kv_bytes_full / s->kv_bytes_per_step);
-    fprintf(stderr, "memory     weights %s, keys and values %s, index %s, scratch %s; peak of the process %s\n",
-            cli_bytes((double)info.weight_bytes, a), cli_bytes((double)s->kv_bytes, b), cli_bytes((double)s->index_bytes, c),
-            cli_bytes((double)s->scratch_bytes, d), cli_bytes((double)r->resident_bytes, e));
+    fprintf(stderr, "memory     %s\n", memory_text(&r->memory, text, sizeof text));
+    if (r->process.resident)
+        fprintf(stderr, "           together %s of the %s that the system counts; at most it was %s\n",
+                cli_bytes((double)session_memory_sum(&r->memory), a), cli_bytes((double)r->process.resident, b),
+                cli_bytes((double)r->process.peak, c));
+    fprintf(stderr, "disk       model %.1f MB", (double)r->memory.model_file / 1e6);
+    if (r->stored && r->stored->taken_bytes + r->stored->kept_bytes)
+        fprintf(stderr, ", stored context %.1f MB", (double)(r->stored->taken_bytes + r->stored->kept_bytes) / 1e6);
+    fprintf(stderr, "\n");
 }
 
 static json_t *count_json(int64_t n, double seconds)
@@ -146,21 +144,24 @@ static json_t *answer_json(const report *r, const answer_text *answer)
     quarry_model_info info;
     quarry_model_get_info(r->model, &info);
     double ratio = s->kv_bytes_per_step > 0 ? s->kv_bytes_full / s->kv_bytes_per_step : 1;
-    return json_pack(
-        "{s:o, s:s, s:{s:o, s:s, s:s, s:s, s:i}, s:s, s:o, s:o, s:o, s:{s:f, s:f, s:f}, s:{s:I, s:I, s:I, s:I, s:I}}",                  //
-        "answer", json_text(answer->n ? answer->text : "", answer->n), "stop", reason_names[r->reason],                                 //
-        "model", "name", json_text(info.name, strlen(info.name)), "architecture", info.architecture, "quantization", info.quantization, //
-        "kernels", info.kernels, "threads", info.n_threads, "attention", r->settings->session.attn,                                     //
-        "read", count_json(s->n_read, s->read_seconds), "question", count_json(s->n_fed, s->feed_seconds),                              //
-        "generated", count_json(s->n_generated, s->generate_seconds),                                                                   //
-        "kv_read_per_token", "bytes", s->kv_bytes_per_step, "full_attention_bytes", s->kv_bytes_full, "ratio", ratio,                   //
-        "memory", "weights", (json_int_t)info.weight_bytes, "kv", (json_int_t)s->kv_bytes, "index", (json_int_t)s->index_bytes,         //
-        "scratch", (json_int_t)s->scratch_bytes, "peak_resident", (json_int_t)r->resident_bytes);
+    json_t *memory = memory_json(&r->memory);
+    json_object_set_new(memory, "resident", json_integer((json_int_t)r->process.resident));
+    json_object_set_new(memory, "peak_resident", json_integer((json_int_t)r->process.peak));
+    return json_pack("{s:o, s:s, s:{s:o, s:s, s:s, s:s, s:i}, s:s, s:o, s:o, s:o, s:{s:f, s:f, s:f}, s:o, s:{s:I}}", //
+                     "answer", json_text(answer->n ? answer->text : "", answer->n), "stop", reason_names[r->reason], //
+                     "model", "name", json_text(info.name, strlen(info.name)), "architecture", info.architecture, "quantization",
+                     info.quantization,                                                                                            //
+                     "kernels", info.kernels, "threads", info.n_threads, "attention", r->settings->session.attn,                   //
+                     "read", count_json(s->n_read, s->read_seconds), "question", count_json(s->n_fed, s->feed_seconds),            //
+                     "generated", count_json(s->n_generated, s->generate_seconds),                                                 //
+                     "kv_read_per_token", "bytes", s->kv_bytes_per_step, "full_attention_bytes", s->kv_bytes_full, "ratio", ratio, //
+                     "memory", memory, "disk", "model", (json_int_t)r->memory.model_file);
 }
 
 static json_t *stored_json(const quarry_stored *s)
 {
-    return json_pack("{s:o, s:o, s:o}", "taken", count_json(s->n_taken, s->take_seconds), "kept",
+    return json_pack("{s:o, s:I, s:o, s:o}", "taken", count_json(s->n_taken, s->take_seconds), "bytes",
+                     (json_int_t)(s->taken_bytes + s->kept_bytes), "kept",
                      json_pack("{s:I, s:f}", "bytes", (json_int_t)s->kept_bytes, "seconds", s->keep_seconds), "note",
                      json_text(s->note, strlen(s->note)));
 }
@@ -195,7 +196,8 @@ static int report_write(report *r, const quarry_session *session, const answer_t
         cli_flush();
     }
     quarry_session_get_stats(session, &r->stats);
-    r->resident_bytes = peak_resident();
+    session_memory_held(session, &r->memory);
+    process_memory_get(&r->process);
     if (output->json) return json_print(report_json(r, answer));
     if (!output->quiet) print_report(r);
     return CLI_OK;

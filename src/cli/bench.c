@@ -9,7 +9,7 @@ typedef struct bench_settings {
     cli_list models, attn;
     const char *file, *prompts, *gens, *parallels, *reads, *questions, *depths, *threads, *batches, *format;
     int64_t repetitions, read_window;
-    bool extend, no_mmap, quiet;
+    bool extend, no_mmap, mlock, quiet;
 } bench_settings;
 
 static const cli_option bench_table[] = {
@@ -33,6 +33,8 @@ static const cli_option bench_table[] = {
     {"--extend", NULL, CLI_SWITCH, offsetof(bench_settings, extend), NULL, "read and decode as quarry ask --extend", 0, 0},
     {"-o, --output", "FORMAT", CLI_TEXT, offsetof(bench_settings, format), "md", "form of the results: md, json or csv", 0, 0},
     {"--no-mmap", NULL, CLI_SWITCH, offsetof(bench_settings, no_mmap), NULL, "read the model file instead of mapping it", 0, 0},
+    {"--mlock", NULL, CLI_SWITCH, offsetof(bench_settings, mlock), NULL, "keep the weights in RAM: the system may not move them to swap", 0,
+     0},
     {"-q, --quiet", NULL, CLI_SWITCH, offsetof(bench_settings, quiet), NULL, "no progress on standard error", 0, 0},
     {0}};
 
@@ -281,7 +283,8 @@ static int bench_all(bench_run *r)
     for (int64_t i = 0; i < n_models * r->threads.n && !code; i++) {
         const cli_model_options options = {.path = s->models.n ? s->models.items[i / r->threads.n] : NULL,
                                            .n_threads = r->threads.values[i % r->threads.n],
-                                           .no_mmap = s->no_mmap};
+                                           .no_mmap = s->no_mmap,
+                                           .mlock = s->mlock};
         quarry_model *model = NULL;
         if ((code = cli_model_open(&model, &options, &output, NULL))) break;
         code = bench_model(r, model);

@@ -43,6 +43,7 @@ typedef enum cli_kind {
     CLI_COUNT,  /* int64_t, the value only after "=", its argument is "[=N]"; the flag alone gives -1 */
     CLI_NUMBER, /* double */
     CLI_TEXT,   /* const char *, belongs to argv; NULL when not given and no default */
+    CLI_MAYBE,  /* the same, "" when no word follows that is not a flag; its argument is "[NAME]" */
     CLI_LIST,   /* cli_list, the flag may be repeated */
 } cli_kind;
 
@@ -94,7 +95,7 @@ char *cli_command_line(const cli_command *command, const void *settings, const c
 typedef struct cli_model_options {
     const char *path, *chat_template;
     int64_t n_threads;
-    bool no_mmap;
+    bool no_mmap, mlock;
 } cli_model_options;
 
 typedef struct cli_session_options {
@@ -124,14 +125,16 @@ typedef struct cli_input_options {
     const char *prompt, *file;
 } cli_input_options;
 
-extern const cli_option cli_model_table[], cli_session_table[], cli_store_table[], cli_sampling_table[], cli_input_table[];
-extern const cli_option cli_output_table[]; /* the first is --json: commands that print no JSON begin after it */
+extern const cli_option cli_model_table[], cli_store_table[], cli_sampling_table[], cli_input_table[];
+extern const cli_option cli_session_table[]; /* the first is --attn, which `info` has in another form */
+extern const cli_option cli_output_table[];  /* the first is --json: commands that print no JSON begin after it */
 
 /* These return an exit code, after printing what is wrong. */
 
 /* Opens the model of -m or of the environment variable QUARRY_MODEL. output may be NULL, and store, which remembers the model's fingerprint. */
 int cli_model_open(quarry_model **model, const cli_model_options *options, const cli_output_options *output, quarry_store *store);
 const char *cli_model_path(const cli_model_options *options); /* that file; NULL if none is named */
+quarry_session_params cli_session_params(const cli_session_options *options);
 int cli_session_open(quarry_session **session, quarry_model *model, const cli_session_options *options);
 
 quarry_store_params cli_store_params(const cli_store_options *options, const cli_output_options *output);

@@ -70,7 +70,7 @@ static void line_add_option(line *l, const cli_option *o, const void *field)
 static bool changes_no_result(const cli_group *group, const cli_option *o)
 {
     return group->options == cli_output_table || !strcmp(o->flags, "--journal") || !strcmp(o->flags, "-t, --threads") ||
-           !strcmp(o->flags, "--no-mmap");
+           !strcmp(o->flags, "--no-mmap") || !strcmp(o->flags, "--mlock");
 }
 
 char *cli_command_line(const cli_command *command, const void *settings, const cli_list *arguments)

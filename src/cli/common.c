@@ -13,16 +13,18 @@ const cli_option cli_model_table[] = {
      "model in GGUF format; without it the environment variable QUARRY_MODEL names the file", 0, 0},
     {"-t, --threads", "N", CLI_INT, offsetof(cli_model_options, n_threads), "0", "threads; 0: one per core", 0, 1024},
     {"--no-mmap", NULL, CLI_SWITCH, offsetof(cli_model_options, no_mmap), NULL, "read the model file instead of mapping it", 0, 0},
+    {"--mlock", NULL, CLI_SWITCH, offsetof(cli_model_options, mlock), NULL, "keep the weights in RAM: the system may not move them to swap",
+     0, 0},
     {"--chat-template", "NAME", CLI_TEXT, offsetof(cli_model_options, chat_template), NULL,
      "chat template family, e.g. chatml, instead of the model's own; plain: none, for a model that only continues text", 0, 0},
     {0}};
 
 const cli_option cli_session_table[] = {
+    {"--attn", "POLICY", CLI_TEXT, offsetof(cli_session_options, attn), "ivfpq",
+     "how attention finds what to read in a long context, NAME or NAME:OPTION=VALUE,...; 'quarry info --attn' lists them", 0, 0},
     {"-c, --ctx-size", "N", CLI_INT, offsetof(cli_session_options, n_ctx), "0", "tokens of context; 0: what the model was trained for", 0,
      1e12},
     {"-b, --batch-size", "N", CLI_INT, offsetof(cli_session_options, n_batch), "512", "tokens per forward pass while reading", 1, 65536},
-    {"--attn", "POLICY", CLI_TEXT, offsetof(cli_session_options, attn), "ivfpq",
-     "how attention finds what to read in a long context, NAME or NAME:OPTION=VALUE,...; 'quarry info --attn' lists them", 0, 0},
     {"--extend", NULL, CLI_SWITCH, offsetof(cli_session_options, extend), NULL,
      "read texts longer than the model was trained for: what lies before the last --read-window tokens is searched, and seen alike "
      "whatever its distance",
@@ -99,6 +101,7 @@ int cli_model_open(quarry_model **model, const cli_model_options *options, const
         .fingerprints = store ? &known : NULL,
         .n_threads = (int)options->n_threads,
         .no_mmap = options->no_mmap,
+        .mlock = options->mlock,
         .chat_template = options->chat_template,
         .log = print_log,
         .log_data = (void *)output,
@@ -108,14 +111,19 @@ int cli_model_open(quarry_model **model, const cli_model_options *options, const
     return *model ? CLI_OK : cli_fail_error(&error);
 }
 
+quarry_session_params cli_session_params(const cli_session_options *options)
+{
+    return (quarry_session_params){.n_ctx = options->n_ctx,
+                                   .attn = options->attn,
+                                   .n_batch = (int)options->n_batch,
+                                   .read_window = options->read_window,
+                                   .extend = options->extend,
+                                   .kv_f32 = options->kv_f32};
+}
+
 int cli_session_open(quarry_session **session, quarry_model *model, const cli_session_options *options)
 {
-    quarry_session_params params = {.n_ctx = options->n_ctx,
-                                    .attn = options->attn,
-                                    .n_batch = (int)options->n_batch,
-                                    .read_window = options->read_window,
-                                    .extend = options->extend,
-                                    .kv_f32 = options->kv_f32};
+    const quarry_session_params params = cli_session_params(options);
     quarry_error error;
     *session = quarry_session_open(model, &params, &error);
     return *session ? CLI_OK : cli_fail_error(&error);

@@ -3,27 +3,25 @@
 
 #include "attn/attn.h"
 #include "cli/cli.h"
-#include "cli/json.h"
-#include "gen/gen.h"
+#include "cli/memory.h"
 
 typedef struct info_settings {
     cli_model_options model;
     cli_session_options session;
-    bool list_policies, json;
+    bool json;
 } info_settings;
 
-/* The context options of the other commands without the policy: here --attn lists them. */
-static const cli_option info_table[] = {
-    {"-c, --ctx-size", "N", CLI_INT, offsetof(info_settings, session.n_ctx), "0",
-     "tokens of context to reckon memory for; 0: what the model was trained for", 0, 1e9},
-    {"-b, --batch-size", "N", CLI_INT, offsetof(info_settings, session.n_batch), "512", "tokens per forward pass while reading", 1, 65536},
-    {"--kv-f32", NULL, CLI_SWITCH, offsetof(info_settings, session.kv_f32), NULL, "reckon with keys and values in 32 bits", 0, 0},
-    {"--attn", NULL, CLI_SWITCH, offsetof(info_settings, list_policies), NULL,
-     "list the retrieval policies and their options instead; needs no model", 0, 0},
-    {"--json", NULL, CLI_SWITCH, offsetof(info_settings, json), NULL, "print one JSON object", 0, 0},
-    {0}};
+static const cli_option info_table[] = {{"--attn", "[POLICY]", CLI_MAYBE, offsetof(info_settings, session.attn), "ivfpq",
+                                         "reckon memory for this retrieval policy; without POLICY: list them and their options instead, "
+                                         "which needs no model",
+                                         0, 0},
+                                        {"--json", NULL, CLI_SWITCH, offsetof(info_settings, json), NULL, "print one JSON object", 0, 0},
+                                        {0}};
 
-static const cli_group info_groups[] = {{"Options", info_table, 0}, {"Model", cli_model_table, offsetof(info_settings, model)}, {0}};
+static const cli_group info_groups[] = {{"Options", info_table, 0},
+                                        {"Model", cli_model_table, offsetof(info_settings, model)},
+                                        {"Context to reckon memory for", cli_session_table + 1, offsetof(info_settings, session)},
+                                        {0}};
 
 /* ---- retrieval policies ---- */
 
@@ -97,6 +95,7 @@ static int list_policies(bool as_json)
 static void print_model(const quarry_model_info *m, const session_memory *need)
 {
     char a[32];
+    memory_available available;
     cli_print("name          %s\n", *m->name ? m->name : "(none)");
     cli_print("architecture  %s: %d layers, width %d, %d query heads and %d KV heads of %d\n", m->architecture, m->n_layer, m->n_embd,
               m->n_head, m->n_head_kv, m->head_dim);
@@ -105,27 +104,32 @@ static void print_model(const quarry_model_info *m, const session_memory *need)
     cli_print("chat template %s\n", *m->chat_template ? m->chat_template : "none recognised (name one with --chat-template)");
     cli_print("context       %lld tokens in training\n", (long long)m->n_ctx_train);
     cli_print("kernels       %s on %d threads\n", m->kernels, m->n_threads);
-    cli_print("\nMemory with a context of %lld tokens\n", (long long)need->n_ctx);
-    cli_print("  weights          %10s\n", cli_bytes((double)m->weight_bytes, a));
-    cli_print("  keys and values  %10s\n", cli_bytes((double)need->kv_bytes, a));
-    cli_print("  index            %10s, estimated\n", cli_bytes((double)need->index_bytes, a));
-    cli_print("  scratch          %10s, estimated\n", cli_bytes((double)need->scratch_bytes, a));
-    cli_print("  together         %10s\n",
-              cli_bytes((double)m->weight_bytes + (double)need->kv_bytes + (double)need->index_bytes + (double)need->scratch_bytes, a));
+    cli_print("\nMemory with a context of %lld tokens, estimated\n", (long long)need->n_tokens);
+    for (int i = 0; i < MEMORY_PARTS; i++)
+        if (need->bytes[i]) cli_print("  %-16s %10s\n", memory_part_names[i], cli_bytes((double)need->bytes[i], a));
+    cli_print("  %-16s %10s\n", "together", cli_bytes((double)session_memory_sum(need), a));
+    memory_available_get("", &available);
+    if (available.bytes != UINT64_MAX)
+        cli_print("  %-16s %10s, as %s has it now\n", "to be had", cli_bytes((double)available.bytes, a), available.limit);
+    cli_print("\nOn disk\n  %-16s %7.1f MB\n", "model", (double)need->model_file / 1e6);
+    if (need->stored) cli_print("  %-16s %7.1f MB, estimated\n", "stored context", (double)need->stored / 1e6);
 }
 
 static int print_model_json(const quarry_model_info *m, const session_memory *need)
 {
+    memory_available available;
     json_t *shape = json_pack("{s:i, s:i, s:i, s:i, s:i, s:i, s:I, s:I}", "layers", m->n_layer, "heads", m->n_head, "kv_heads",
                               m->n_head_kv, "head_dim", m->head_dim, "embedding", m->n_embd, "vocabulary", m->n_vocab, "context",
                               (json_int_t)m->n_ctx_train, "parameters", (json_int_t)m->n_params);
-    json_t *memory =
-        json_pack("{s:I, s:I, s:I, s:I, s:I}", "context", (json_int_t)need->n_ctx, "weights", (json_int_t)m->weight_bytes, "kv",
-                  (json_int_t)need->kv_bytes, "index", (json_int_t)need->index_bytes, "scratch", (json_int_t)need->scratch_bytes);
-    return json_print(json_pack("{s:o, s:s, s:s, s:s, s:s, s:s, s:i, s:o, s:o}", "name", json_text(m->name, strlen(m->name)),
+    json_t *memory = memory_json(need);
+    json_object_set_new(memory, "context", json_integer((json_int_t)need->n_tokens));
+    memory_available_get("", &available);
+    if (available.bytes != UINT64_MAX) json_object_set_new(memory, "available", json_integer((json_int_t)available.bytes));
+    json_t *disk = json_pack("{s:I, s:I}", "model", (json_int_t)need->model_file, "stored", (json_int_t)need->stored);
+    return json_print(json_pack("{s:o, s:s, s:s, s:s, s:s, s:s, s:i, s:o, s:o, s:o}", "name", json_text(m->name, strlen(m->name)),
                                 "architecture", m->architecture, "quantization", m->quantization, "tokenizer", m->tokenizer,
                                 "chat_template", m->chat_template, "kernels", m->kernels, "threads", m->n_threads, "shape", shape, "memory",
-                                memory));
+                                memory, "disk", disk));
 }
 
 static int info_run(const void *settings, const cli_list *arguments)
@@ -136,14 +140,14 @@ static int info_run(const void *settings, const cli_list *arguments)
     session_memory need;
     quarry_error error;
     cli_model_options options = s->model;
-    if (s->list_policies) return list_policies(s->json);
+    if (!*s->session.attn) return list_policies(s->json);
     if (arguments->n > 1 || (arguments->n && options.path)) return cli_fail_usage(&command_info, "one model expected");
     if (arguments->n) options.path = arguments->items[0];
     int code = cli_model_open(&model, &options, NULL, NULL);
     if (code) return code;
-    quarry_session_params params = {.n_ctx = s->session.n_ctx, .n_batch = (int)s->session.n_batch, .kv_f32 = s->session.kv_f32};
+    const quarry_session_params params = cli_session_params(&s->session);
     quarry_model_get_info(model, &info);
-    if (session_memory_estimate(model, &params, &need, &error))
+    if (session_memory_estimate(model, &params, 0, &need, &error))
         code = cli_fail_error(&error);
     else if (s->json)
         code = print_model_json(&info, &need);

@@ -1,3 +1,4 @@
+#include <malloc.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -131,6 +132,10 @@ static int run(int argc, char **argv)
 
 int main(int argc, char **argv)
 {
+    /* What is freed goes back to the system: left alone, glibc would, after the first large block, keep all up to that size. One arena: threads allocate next to
+     * nothing, and an arena of each would reserve 64 MiB of address space. */
+    mallopt(M_MMAP_THRESHOLD, 1 << 20);
+    mallopt(M_ARENA_MAX, 1);
     cli_interrupt_install();
     int code = run(argc, argv);
     int output = cli_output_end();

@@ -129,7 +129,8 @@ static int store_value(const cli_command *command, const cli_option *o, void *fi
     errno = 0;
     switch (o->kind) {
     case CLI_SWITCH: *(bool *)field = true; return CLI_OK;
-    case CLI_TEXT: *(const char **)field = value; return CLI_OK;
+    case CLI_TEXT:
+    case CLI_MAYBE: *(const char **)field = value; return CLI_OK;
     case CLI_LIST: return list_push(field, value) ? CLI_OK : cli_fail("out of memory");
     case CLI_INT:
     case CLI_COUNT: {
@@ -185,6 +186,8 @@ static int parse_flag(const cli_command *command, void *settings, int n, char **
     } else if (o->kind == CLI_COUNT) {
         *(int64_t *)field_of(settings, group, o) = -1;
         return CLI_OK;
+    } else if (o->kind == CLI_MAYBE && (*i + 1 == n || argv[*i + 1][0] == '-')) {
+        value = "";
     } else if (*i + 1 < n) {
         value = argv[++*i];
     } else {

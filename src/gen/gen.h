@@ -24,12 +24,36 @@ void session_set_observer(quarry_session *session, const attn_observer *observer
 /* What the sparse tokens (fed and generated) read since the session was opened or forked, in all layers and KV heads. */
 attn_cost session_cost(const quarry_session *session);
 
-/* Memory that a session with these parameters will hold when its context is full, but for the work space of each thread. */
+/* ---- memory.c, estimate.c: what a model and a session take, and whether it fits ---- */
+
+typedef enum memory_part {
+    MEMORY_WEIGHTS,
+    MEMORY_KV,
+    MEMORY_INDEX,
+    MEMORY_CODEBOOKS,  /* tables of the index that were learned, and what they are learned from */
+    MEMORY_SCRATCH,    /* of forward passes, of the threads, and logits */
+    MEMORY_VOCABULARY, /* tokenizer, and the model file's metadata */
+    MEMORY_PROGRAM,    /* of the process: code and constants of the program and its libraries */
+    MEMORY_PARTS
+} memory_part;
+
+extern const char *const memory_part_keys[MEMORY_PARTS], *const memory_part_names[MEMORY_PARTS]; /* of JSON, and for people */
+
 typedef struct session_memory {
-    int64_t n_ctx;
-    size_t kv_bytes, index_bytes, scratch_bytes;
+    int64_t n_tokens;
+    size_t bytes[MEMORY_PARTS]; /* in RAM */
+    uint64_t model_file;        /* bytes on disk */
+    uint64_t stored; /* the same of a stored context of so many tokens, estimated; 0: its index is not kept, or it is not an estimate */
 } session_memory;
-quarry_code session_memory_estimate(quarry_model *model, const quarry_session_params *params, session_memory *need, quarry_error *error);
+
+size_t session_memory_sum(const session_memory *memory);
+/* What is in RAM now, by the system's page table. Pages that forks share count in each. */
+void session_memory_held(const quarry_session *session, session_memory *memory);
+/* What a session with these parameters will hold once it has read so many tokens (0: n_ctx of them, or as many as the model was trained for), and the model. */
+quarry_code session_memory_estimate(quarry_model *model, const quarry_session_params *params, int64_t n_tokens, session_memory *need,
+                                    quarry_error *error);
+/* Error MEMORY, saying what would fit, if n tokens more will not. */
+quarry_code session_memory_check(const quarry_session *session, int64_t n, quarry_error *error);
 
 /* quarry_session_read; seal = false: not the end of a text, the index's open segment stays open. */
 int session_read(quarry_session *session, const int32_t *tokens, int64_t n, bool seal, const quarry_watch *watch, quarry_error *error);

@@ -276,6 +276,9 @@ int session_read(quarry_session *s, const int32_t *tokens, int64_t n, bool seal,
 
 int quarry_session_read(quarry_session *s, const int32_t *tokens, int64_t n, const quarry_watch *watch, quarry_error *error)
 {
+    quarry_code code = session_check_room(s, n, error);
+    if (code == QUARRY_OK) code = session_memory_check(s, n, error);
+    if (code != QUARRY_OK) return code;
     return session_read(s, tokens, n, true, watch, error);
 }
 
@@ -374,7 +377,9 @@ void quarry_session_get_stats(const quarry_session *s, quarry_stats *stats)
         stats->kv_bytes_full = s->kv_full_sum / (double)s->n_steps;
     }
     stats->kv_bytes = kv_bytes(s->kv);
-    stats->scratch_bytes = forward_scratch_bytes(s->scratch);
+    memory_tally scratch = {.held_only = true};
+    forward_scratch_tally(s->scratch, &scratch);
+    stats->scratch_bytes = scratch.held;
     stats->index_bytes = 0;
-    for (int i = 0; i < s->n_policies; i++) stats->index_bytes += s->policies[i]->type->bytes(s->policies[i]);
+    for (int i = 0; i < s->n_policies; i++) stats->index_bytes += attn_policy_bytes(s->policies[i]);
 }

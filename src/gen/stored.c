@@ -191,6 +191,7 @@ static quarry_code take(quarry_session *s, quarry_store *store, const int32_t *t
         code = take_chain(s, store, &chain, tokens, &damaged, &wrong);
         if (code == QUARRY_OK) {
             info->n_taken = chain.n_tokens;
+            for (int64_t i = 0; i < chain.n; i++) info->taken_bytes += (uint64_t)chain.pieces[i].n_bytes;
             catalogue_touch(store->catalogue, &chain.pieces[chain.n - 1].key, NULL); /* only the order of removal depends on it */
         }
         catalogue_chain_free(&chain);
@@ -356,6 +357,7 @@ int quarry_session_read_stored(quarry_session *s, quarry_store *store, const int
     *info = (quarry_stored){0};
     if (s->tokens.n) return error_set(error, QUARRY_ERROR_ARGUMENT, "the session holds tokens already");
     quarry_code code = session_check_room(s, n, error);
+    if (code == QUARRY_OK) code = session_memory_check(s, n, error);
     if (code != QUARRY_OK) return code;
     bool keeping = store && session_can_save(s);
     if (store && take(s, store, tokens, n, info, &wrong) != QUARRY_OK) { /* the text can be read without the store */

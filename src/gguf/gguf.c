@@ -60,6 +60,16 @@ const char *gguf_path(const gguf_file *g)
     return g->path;
 }
 
+uint64_t gguf_size(const gguf_file *g)
+{
+    return g->n_bytes;
+}
+
+bool gguf_is_mapped(const gguf_file *g)
+{
+    return g->bytes != NULL;
+}
+
 int64_t gguf_n_tensors(const gguf_file *g)
 {
     return g->n_tensors;
@@ -102,4 +112,16 @@ void gguf_tensor_release(const gguf_file *g, const gguf_tensor *t)
 quarry_code gguf_check(const gguf_file *g, quarry_error *error)
 {
     return g->map ? file_map_check(g->map, error) : QUARRY_OK;
+}
+
+void gguf_tally(const gguf_file *g, memory_tally *metadata, memory_tally *mapped)
+{
+    const size_t entries = (size_t)g->n_entries, tensors = (size_t)g->n_tensors;
+    memory_tally_add(metadata, g->header, g->n_header);
+    memory_tally_add(metadata, g->entries, entries * sizeof *g->entries);
+    memory_tally_add(metadata, g->by_key, entries * sizeof *g->by_key);
+    memory_tally_add(metadata, g->tensors, tensors * sizeof *g->tensors);
+    memory_tally_add(metadata, g->by_name, tensors * sizeof *g->by_name);
+    for (size_t i = 0; i < entries; i++) memory_tally_add(metadata, g->entries[i].strings, (size_t)g->entries[i].count * sizeof(uint32_t));
+    if (g->map) memory_tally_add(mapped, file_map_data(g->map), (size_t)g->n_bytes);
 }

@@ -24,6 +24,8 @@ void gguf_close(gguf_file *g);
 
 bool gguf_identity(const gguf_file *g, quarry_file_identity *identity); /* as file_map_identity; false in memory */
 const char *gguf_path(const gguf_file *g);
+uint64_t gguf_size(const gguf_file *g);  /* bytes of the file */
+bool gguf_is_mapped(const gguf_file *g); /* or in memory: its tensors need not be copied */
 int64_t gguf_n_tensors(const gguf_file *g);
 const gguf_tensor *gguf_tensor_at(const gguf_file *g, int64_t i);
 const gguf_tensor *gguf_find(const gguf_file *g, const char *name); /* NULL if absent; O(log n) */
@@ -32,6 +34,8 @@ const gguf_tensor *gguf_find(const gguf_file *g, const char *name); /* NULL if a
 const void *gguf_tensor_data(const gguf_file *g, const gguf_tensor *t, void **copy, quarry_error *error);
 /* The tensor was copied elsewhere: give its mapped pages back. */
 void gguf_tensor_release(const gguf_file *g, const gguf_tensor *t);
+/* Counts what is kept of the header, and, apart, the mapping. */
+void gguf_tally(const gguf_file *g, memory_tally *metadata, memory_tally *mapped);
 /* Error IO if the file shrank while mapped. */
 quarry_code gguf_check(const gguf_file *g, quarry_error *error);
 

@@ -284,3 +284,16 @@ size_t kv_bytes(const kv_seq *kv)
 {
     return (size_t)kv->n_slots * slot_bytes(&kv->shape, false) + (size_t)(kv->n_slots - kv->n_released) * slot_bytes(&kv->shape, true);
 }
+
+static void page_tally(const kv_seq *kv, const kv_page *page, bool local, memory_tally *tally)
+{
+    if (page) memory_tally_add(tally, page->rows, slot_bytes(&kv->shape, local));
+}
+
+void kv_tally(const kv_seq *kv, memory_tally *tally)
+{
+    for (int64_t i = 0; i < kv->n_slots; i++) {
+        page_tally(kv, kv->slots[i].all, false, tally);
+        page_tally(kv, kv->slots[i].local, true, tally);
+    }
+}

@@ -74,6 +74,7 @@ static inline int64_t kv_first_seen(const kv_shape *shape, int layer, int64_t po
 bool kv_bytes_for(const kv_shape *shape, int64_t n, int64_t n_step, size_t *n_bytes);
 /* What full attention reads for one query after n tokens, in all layers and heads: the window, where there is one. */
 double kv_bytes_seen(const kv_shape *shape, int64_t n);
-size_t kv_bytes(const kv_seq *kv); /* memory of its pages, shared ones counted whole */
+size_t kv_bytes(const kv_seq *kv);                    /* memory of its pages, shared ones counted whole */
+void kv_tally(const kv_seq *kv, memory_tally *tally); /* the same, and what of it is in RAM */
 
 #endif

@@ -34,11 +34,11 @@ void forward_scratch_destroy(forward_scratch *s)
     memory_free(s);
 }
 
-size_t forward_scratch_bytes(const forward_scratch *s)
+void forward_scratch_tally(const forward_scratch *s, memory_tally *tally)
 {
-    size_t n = s->step.n_bytes + s->shared.n_bytes;
-    for (int i = 0; i < s->n_threads; i++) n += s->threads[i].n_bytes;
-    return n;
+    arena_tally(&s->step, tally);
+    arena_tally(&s->shared, tally);
+    for (int i = 0; i < s->n_threads; i++) arena_tally(&s->threads[i], tally);
 }
 
 arena *forward_scratch_threads(forward_scratch *s)
@@ -95,6 +95,20 @@ static quarry_code pass_alloc(pass *p, quarry_error *error)
     p->quantized = ok ? arena_alloc(&p->s->step, activations_bytes(p->n, widest, p->precise), 1, error) : NULL;
     p->attn_rows = ok ? arena_alloc(&p->s->step, (size_t)p->n, sizeof *p->attn_rows, error) : NULL;
     return p->quantized && p->attn_rows ? QUARRY_OK : QUARRY_ERROR_MEMORY;
+}
+
+/* Allocates as a pass does, and touches nothing. */
+quarry_code forward_scratch_estimate(quarry_model *m, const attn_shape *shape, int64_t n, size_t *n_bytes, quarry_error *error)
+{
+    forward_scratch s = {0};
+    pass p = {.m = m, .s = &s, .n = n, .attn = *shape};
+    p.q_width = (int64_t)m->shape.n_head * m->shape.head_dim;
+    p.kv_width = (int64_t)m->shape.n_head_kv * m->shape.head_dim;
+    const quarry_code code = pass_alloc(&p, error);
+    arena_reset(&s.step);
+    *n_bytes = s.step.n_bytes;
+    arena_free(&s.step);
+    return code;
 }
 
 /* ---- element-wise steps, in blocks of rows ---- */

@@ -57,9 +57,14 @@ struct quarry_model {
     uint64_t fingerprint;    /* of tensors and tokenizer */
     void **copies;           /* source blocks read into memory that weights refer to (no mmap, types without a packed layout) */
     int64_t n_copies;
+    bool locked; /* the weights are kept in RAM */
     pthread_mutex_t forward_lock;
     logger log;
 };
+
+/* memory.c: keeps the weights in RAM, or tells the log why not. */
+void model_lock_weights(quarry_model *m);
+void model_unlock_weights(quarry_model *m);
 
 /* load.c: fills everything from m->file on. */
 quarry_code model_load_weights(quarry_model *m, quarry_error *error);

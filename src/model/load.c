@@ -176,14 +176,31 @@ static quarry_code check_all_used(loader *l)
                      m->arch->name);
 }
 
+static quarry_code check_room(const loader *l, size_t n_bytes)
+{
+    memory_available available;
+    memory_available_get("", &available);
+    const uint64_t left = available.address < available.bytes ? available.address : available.bytes;
+    if (n_bytes <= left) return QUARRY_OK;
+    return error_set(l->error, QUARRY_ERROR_MEMORY,
+                     "%s: the weights take %.0f MiB of memory, and %s leaves %.0f: use a smaller model, or one quantised to fewer bits",
+                     gguf_path(l->m->file), (double)n_bytes / (1 << 20), left < available.bytes ? "ulimit" : available.limit,
+                     (double)left / (1 << 20));
+}
+
 /* Memory for all matrices at once: apart, most are too small for huge pages. */
 static quarry_code reserve_matrices(loader *l)
 {
-    size_t n_bytes = 0;
+    size_t n_bytes = 0, n_copied = 0;
+    const bool mapped = gguf_is_mapped(l->m->file);
     for (int64_t i = 0; i < gguf_n_tensors(l->m->file); i++) {
         const gguf_tensor *t = gguf_tensor_at(l->m->file, i);
-        if (t->n_dims == 2) n_bytes += (weight_packed_bytes(t->type, t->dims[1], t->dims[0]) + 63) / 64 * 64;
+        const size_t packed = t->n_dims == 2 ? weight_packed_bytes(t->type, t->dims[1], t->dims[0]) : 0;
+        n_bytes += (packed + 63) / 64 * 64;
+        if (!packed && !mapped) n_copied += t->n_bytes;
     }
+    const quarry_code code = check_room(l, n_bytes + n_copied);
+    if (code != QUARRY_OK) return code;
     return arena_reserve(&l->m->packed, n_bytes, l->error);
 }
 

@@ -204,7 +204,9 @@ static quarry_code open_parts(quarry_model *m, const char *path, const quarry_mo
     if ((code = copy_string(m->file, "general.name", &m->name, error)) != QUARRY_OK) return code;
     if ((code = find_chat(m, params->chat_template, error)) != QUARRY_OK) return code;
     if ((code = find_fingerprint(m, params->fingerprints, error)) != QUARRY_OK) return code;
-    return model_load_weights(m, error);
+    if ((code = model_load_weights(m, error)) != QUARRY_OK) return code;
+    if (params->mlock) model_lock_weights(m);
+    return QUARRY_OK;
 }
 
 quarry_model *quarry_model_open(const char *path, const quarry_model_params *params, quarry_error *error)
@@ -231,6 +233,7 @@ quarry_model *quarry_model_open(const char *path, const quarry_model_params *par
 void quarry_model_close(quarry_model *m)
 {
     if (!m) return;
+    model_unlock_weights(m);
     for (int i = 0; m->layers && i < m->shape.n_layer; i++) {
         model_layer *l = &m->layers[i];
         weight *all[] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
@@ -337,6 +340,11 @@ const math_kernels *model_kernels(const quarry_model *m)
 thread_pool *model_pool(const quarry_model *m)
 {
     return m->pool;
+}
+
+const logger *model_logger(const quarry_model *m)
+{
+    return &m->log;
 }
 
 attn_shape model_attn_shape(const quarry_model *m, kv_type type)

@@ -25,7 +25,19 @@ const chat_template *model_chat(const quarry_model *m, quarry_error *error);
 const char *model_chat_text(const quarry_model *m); /* the Jinja source, NULL if absent */
 const math_kernels *model_kernels(const quarry_model *m);
 thread_pool *model_pool(const quarry_model *m);
+const logger *model_logger(const quarry_model *m);
 attn_shape model_attn_shape(const quarry_model *m, kv_type type);
+
+/* ---- memory.c ---- */
+
+typedef struct model_memory {
+    memory_tally weights, vocabulary; /* as kernels read them; the tokenizer, and what is kept of the file's metadata */
+    size_t mapped;       /* of the file's mapping, what is in RAM: weights that are read from there, and what else was touched */
+    uint64_t file_bytes; /* on disk */
+} model_memory;
+
+void model_tally(const quarry_model *m, model_memory *memory);
+size_t model_mapped_weights(const quarry_model *m); /* bytes of weights that are read from the mapped file, in RAM or not */
 
 /* One token of one timeline. Rows of one kv come in order of position, starting at its length. */
 typedef struct forward_row {
@@ -46,7 +58,9 @@ void model_unlock(quarry_model *m);
 typedef struct forward_scratch forward_scratch;
 forward_scratch *forward_scratch_create(const quarry_model *m, quarry_error *error);
 void forward_scratch_destroy(forward_scratch *s);
-size_t forward_scratch_bytes(const forward_scratch *s);
+void forward_scratch_tally(const forward_scratch *s, memory_tally *tally);
+/* What a pass of n rows of sequences of this shape takes, but for the work space of each thread. */
+quarry_code forward_scratch_estimate(quarry_model *m, const attn_shape *shape, int64_t n, size_t *n_bytes, quarry_error *error);
 arena *forward_scratch_threads(forward_scratch *s); /* [pool size] arenas, for attn_index_* */
 
 /* Runs rows through all layers, writes their K|V rows, and puts the logits of the rows that want them where they say. Rows of several timelines read the weights once; their caches

@@ -13,6 +13,7 @@ typedef struct tokenizer tokenizer;
  * naming model and pre-tokenizer. Copies what it needs: the file may be closed. */
 tokenizer *tokenizer_create(const gguf_file *g, quarry_error *error);
 void tokenizer_destroy(tokenizer *t);
+void tokenizer_tally(const tokenizer *t, memory_tally *tally);
 
 /* A growing array of tokens; zero-initialise, free with token_list_free. */
 typedef struct token_list {

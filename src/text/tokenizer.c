@@ -107,6 +107,12 @@ void tokenizer_destroy(tokenizer *t)
     memory_free(t);
 }
 
+void tokenizer_tally(const tokenizer *t, memory_tally *tally)
+{
+    memory_tally_add(tally, t, sizeof *t);
+    vocab_tally(&t->vocab, tally);
+}
+
 /* ---- encoding ---- */
 
 static quarry_code encode_words(const tokenizer *t, merger *m, const char *text, size_t n, token_list *list, quarry_error *error)

@@ -391,3 +391,16 @@ void vocab_free(vocab *v)
     memory_free(v->specials);
     *v = (vocab){0};
 }
+
+void vocab_tally(const vocab *v, memory_tally *tally)
+{
+    const size_t n = (size_t)v->n;
+    memory_tally_add(tally, v->bytes, v->begin[n]);
+    memory_tally_add(tally, v->begin, (n + 1) * sizeof *v->begin);
+    memory_tally_add(tally, v->type, n * sizeof *v->type);
+    memory_tally_add(tally, v->ends, n * sizeof *v->ends);
+    memory_tally_add(tally, v->order, n * sizeof *v->order);
+    memory_tally_add(tally, v->slots, v->n_slots * sizeof *v->slots);
+    memory_tally_add(tally, v->merges, v->n_merge_slots * sizeof *v->merges);
+    memory_tally_add(tally, v->specials, v->n_specials * sizeof *v->specials);
+}

@@ -51,6 +51,7 @@ typedef struct vocab {
 /* sentencepiece: pieces write a space as U+2581 and bytes as <0xNN>; otherwise they are in GPT-2's byte alphabet. path is for messages. */
 quarry_code vocab_create(vocab *v, const gguf_file *g, bool sentencepiece, quarry_error *error);
 void vocab_free(vocab *v);
+void vocab_tally(const vocab *v, memory_tally *tally);
 
 static inline const char *vocab_bytes(const vocab *v, int32_t id, size_t *n)
 {
