@@ -249,7 +249,7 @@ class CliModel(unittest.TestCase):
     def test_info_reckons_with_the_policy_and_the_way_of_reading(self):
         def memory(*arguments):
             result = json.loads(quarry("info", "--json", "-c", "8192", *arguments).stdout)
-            return dict(result["memory"], stored=result["disk"]["stored"])
+            return dict(result["memory"], stored=result["disk"]["stored_kv"] + result["disk"]["stored_index"])
 
         usual, full = memory(), memory("--attn", "full")
         self.assertGreater(usual["index"], 100 * full["index"])
@@ -259,6 +259,9 @@ class CliModel(unittest.TestCase):
         self.assertGreater(memory("-t", "4")["scratch"], usual["scratch"])
         self.assertTrue(usual["kv"] < usual["stored"] < 1.25 * usual["kv"])
         self.assertIn("unknown retrieval policy 'ivfqp'", quarry("info", "--attn", "ivfqp").stderr)
+        self.assertTrue(usual["fits"])
+        self.assertFalse(memory("--extend", "-c", "1000000000")["fits"])
+        self.assertRegex(quarry("info", "--extend", "-c", "1000000000").stdout, r"Does not fit: 1000000000 tokens take \d+ MiB .* at most \d+ tokens")
 
     def test_what_does_not_fit_is_refused_before_it_is_read(self):
         def limit():

@@ -287,12 +287,13 @@ static void a_stored_context_is_as_large_as_estimated(void **state)
     if (quarry_session_read_stored(s, store, tokens, N, NULL, 0, NULL, NULL, &stored, &e)) fail_msg("%s", e.message);
     assert_int_equal(stored.n_kept, N);
     assert_int_equal(session_memory_estimate(model, &params, N, &need, &e), QUARRY_OK);
-    assert_in_range(stored.kept_bytes, need.stored * 90 / 100, need.stored * 110 / 100);
+    const uint64_t estimated = need.stored_kv + need.stored_index;
+    assert_in_range(stored.kept_bytes, estimated * 90 / 100, estimated * 110 / 100);
     quarry_session_close(s);
     s = quarry_session_open(model, &params, &e);
     assert_int_equal(quarry_session_read_stored(s, store, tokens, N, NULL, 0, NULL, NULL, &stored, &e), 0);
     assert_int_equal(stored.n_taken, N);
-    assert_in_range(stored.taken_bytes, need.stored * 90 / 100, need.stored * 110 / 100);
+    assert_in_range(stored.taken_bytes, estimated * 90 / 100, estimated * 110 / 100);
     quarry_session_close(s);
     quarry_store_close(store);
     quarry_model_close(model);
@@ -302,8 +303,8 @@ static void a_stored_context_is_as_large_as_estimated(void **state)
     place_remove(&p);
 }
 
-/* In another process, with so many bytes more than it has, read N tokens: what it reports goes to the message. */
-static int read_under_limit(int resource, rlim_t more, const char *attn, bool kv_f32, char message[512])
+/* In another process, with so many bytes more than it has, read n tokens: what it reports goes to the message. */
+static int read_under_limit(int resource, rlim_t more, const char *attn, bool kv_f32, int n, char message[512])
 {
     int channel[2];
     assert_int_equal(pipe(channel), 0);
@@ -317,8 +318,8 @@ static int read_under_limit(int resource, rlim_t more, const char *attn, bool kv
             model ? quarry_session_open(model, &(quarry_session_params){.attn = attn, .kv_f32 = kv_f32, .read_window = 512}, &e) : NULL;
         process_memory_get(&now);
         const struct rlimit limit = {more + (resource == RLIMIT_AS ? now.address : now.data), RLIM_INFINITY};
-        int code = s && setrlimit(resource, &limit) == 0 ? quarry_session_read(s, tokens, N, NULL, &e) : 1;
-        if (quarry_session_length(s) != (code ? 0 : N)) code = 2;
+        int code = s && setrlimit(resource, &limit) == 0 ? quarry_session_read(s, tokens, n, NULL, &e) : 1;
+        if (quarry_session_length(s) != (code ? 0 : n)) code = 2;
         if (write(channel[1], e.message, sizeof e.message) < 0) code = 3;
         _exit(-code);
     }
@@ -337,22 +338,50 @@ static void what_will_not_fit_is_refused_before_anything_is_read(void **state)
     char message[512];
     const rlim_t mib = 1 << 20;
     if (SANITIZED) skip();
-    assert_int_equal(read_under_limit(RLIMIT_AS, 100 * mib, "ivfpq", true, message), 0);
-    assert_int_equal(read_under_limit(RLIMIT_AS, 20 * mib, "ivfpq", true, message), QUARRY_ERROR_MEMORY);
+    assert_int_equal(read_under_limit(RLIMIT_AS, 100 * mib, "ivfpq", true, N, message), 0);
+    assert_int_equal(read_under_limit(RLIMIT_AS, 19 * mib, "ivfpq", true, N, message), QUARRY_ERROR_MEMORY);
     assert_non_null(strstr(message, "12000 tokens take"));
     assert_non_null(strstr(message, "ulimit"));
     assert_non_null(strstr(message, "--kv-f32"));
     assert_non_null(strstr(message, "smaller model"));
     assert_non_null(strstr(message, "--attn full"));
-    assert_int_equal(read_under_limit(RLIMIT_DATA, 4 * mib, "full", false, message), QUARRY_ERROR_MEMORY);
+    assert_int_equal(read_under_limit(RLIMIT_DATA, 4 * mib, "full", false, N, message), QUARRY_ERROR_MEMORY);
     assert_null(strstr(message, "--attn full"));
     assert_null(strstr(message, "--kv-f32"));
-    /* what the message says fits does */
-    int64_t fitting = 0;
-    const char *at_most = strstr(message, "at most ");
-    assert_non_null(at_most);
-    assert_int_equal(sscanf(at_most, "at most %" SCNd64 " tokens", &fitting), 1);
-    assert_in_range(fitting, 100, N - 1000);
+}
+
+static void the_text_that_is_said_to_fit_does(void **state)
+{
+    (void)state;
+    static const char *const policies[] = {"ivfpq", "full", "quest:tail=1"};
+    static const rlim_t limits[] = {16 << 20, 8 << 20, 16 << 20};
+    if (SANITIZED) skip();
+    for (size_t i = 0; i < TEST_COUNT(policies); i++) {
+        char message[512];
+        int fitting = 0;
+        assert_int_equal(read_under_limit(RLIMIT_AS, limits[i], policies[i], true, N, message), QUARRY_ERROR_MEMORY);
+        const char *at_most = strstr(message, "at most ");
+        if (!at_most || sscanf(at_most, "at most %d tokens", &fitting) != 1) fail_msg("%s", message);
+        assert_in_range(fitting, 100, N - 1000);
+        assert_int_equal(read_under_limit(RLIMIT_AS, limits[i], policies[i], true, fitting, message), 0);
+        assert_int_equal(read_under_limit(RLIMIT_AS, limits[i], policies[i], true, fitting + N / 16, message), QUARRY_ERROR_MEMORY);
+    }
+}
+
+static void a_second_text_is_reckoned_by_the_first(void **state)
+{
+    (void)state;
+    quarry_error e = {0};
+    int32_t *tokens = some_tokens(N);
+    quarry_model *model = open_model("llama-q4_1.gguf", &e);
+    quarry_session *s = model ? quarry_session_open(model, &(quarry_session_params){.extend = true}, &e) : NULL;
+    if (!s || quarry_session_read(s, tokens, 2000, NULL, &e)) fail_msg("%s", e.message);
+    assert_int_equal(session_memory_check(s, N, &e), QUARRY_OK);
+    assert_int_equal(session_memory_check(s, (int64_t)1 << 40, &e), QUARRY_ERROR_MEMORY);
+    assert_non_null(strstr(e.message, "tokens take"));
+    quarry_session_close(s);
+    quarry_model_close(model);
+    free(tokens);
 }
 
 int main(void)
@@ -368,6 +397,8 @@ int main(void)
         cmocka_unit_test(what_a_session_says_it_holds_is_what_the_system_counts),
         cmocka_unit_test(a_stored_context_is_as_large_as_estimated),
         cmocka_unit_test(what_will_not_fit_is_refused_before_anything_is_read),
+        cmocka_unit_test(the_text_that_is_said_to_fit_does),
+        cmocka_unit_test(a_second_text_is_reckoned_by_the_first),
     };
     mallopt(M_MMAP_THRESHOLD, 1 << 20); /* as the program does */
     mallopt(M_ARENA_MAX, 1);

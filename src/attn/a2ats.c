@@ -256,6 +256,7 @@ static void a2ats_tally(const attn_policy *policy, attn_memory *memory)
     memory_tally_add(&memory->index, p->code, tokens * sizeof *p->code);
     memory_tally_add(&memory->index, p->next, tokens * sizeof *p->next);
     a2ats_tables_tally(p->tables, &memory->codebooks);
+    memory->codebook_file = p->tables->file_bytes;
     if (p->inner) p->inner->type->tally(p->inner, memory);
 }
 

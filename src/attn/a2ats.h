@@ -12,12 +12,13 @@ enum { A2ATS_TILE = 32 /* centroids scored at a time */, A2ATS_ROWS = 8 /* keys 
 typedef struct a2ats_tables {
     codebook_header header;
     atomic_int references; /* policies that share it: of a session and its forks */
-    int64_t tiles;         /* of a head */
-    float *metric;         /* [layer][head][d][d] L L' */
-    float *half;           /* [layer][head][tiles][A2ATS_TILE] |C|^2 / 2 under the metric; INFINITY where there is no centroid */
-    uint16_t *f16;         /* [layer][head][tiles][d][A2ATS_TILE] C L^-1; or */
-    int8_t *int8;          /* [layer][head][tiles][A2ATS_TILE][d], */
-    float *scale, *mean;   /* [layer][head][tiles][A2ATS_TILE], [layer][head][d] */
+    size_t file_bytes;
+    int64_t tiles;       /* of a head */
+    float *metric;       /* [layer][head][d][d] L L' */
+    float *half;         /* [layer][head][tiles][A2ATS_TILE] |C|^2 / 2 under the metric; INFINITY where there is no centroid */
+    uint16_t *f16;       /* [layer][head][tiles][d][A2ATS_TILE] C L^-1; or */
+    int8_t *int8;        /* [layer][head][tiles][A2ATS_TILE][d], */
+    float *scale, *mean; /* [layer][head][tiles][A2ATS_TILE], [layer][head][d] */
 } a2ats_tables;
 
 /* From a codebook file for this model; FORMAT, UNSUPPORTED, ARGUMENT (another model's). */

@@ -129,6 +129,7 @@ a2ats_tables *a2ats_tables_read(const char *path, const attn_shape *shape, const
     a2ats_tables *t = bytes ? memory_zero(1, sizeof *t, "codebook", error) : NULL;
     if (t) {
         atomic_init(&t->references, 1);
+        t->file_bytes = n_bytes;
         quarry_code code = codebook_header_parse(&t->header, (const uint8_t *)bytes, n_bytes, path, error);
         if (code == QUARRY_OK) code = check_model(&t->header, shape, path, error);
         if (code == QUARRY_OK) code = read_records(t, kernels, (const uint8_t *)bytes, n_bytes, path, error);

@@ -104,6 +104,7 @@ typedef struct attn_saving attn_saving; /* below */
 /* What policies hold. */
 typedef struct attn_memory {
     memory_tally index, codebooks; /* what grows with every token; tables that were learned once */
+    uint64_t codebook_file;        /* bytes of a file that these are read from */
 } attn_memory;
 
 /* A policy is a table of functions over a state that covers all layers and KV heads of one session. Functions marked (parallel) may be called at the same time for different

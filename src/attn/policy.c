@@ -40,7 +40,7 @@ void attn_policy_destroy(attn_policy *p)
 
 size_t attn_policy_bytes(const attn_policy *p)
 {
-    attn_memory memory = {{.held_only = true}, {.held_only = true}};
+    attn_memory memory = {.index.held_only = true, .codebooks.held_only = true};
     p->type->tally(p, &memory);
     return memory.index.held + memory.codebooks.held;
 }

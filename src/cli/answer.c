@@ -128,6 +128,7 @@ static void print_report(const report *r)
                 cli_bytes((double)session_memory_sum(&r->memory), a), cli_bytes((double)r->process.resident, b),
                 cli_bytes((double)r->process.peak, c));
     fprintf(stderr, "disk       model %.1f MB", (double)r->memory.model_file / 1e6);
+    if (r->memory.codebook_file) fprintf(stderr, ", codebooks %.1f MB", (double)r->memory.codebook_file / 1e6);
     if (r->stored && r->stored->taken_bytes + r->stored->kept_bytes)
         fprintf(stderr, ", stored context %.1f MB", (double)(r->stored->taken_bytes + r->stored->kept_bytes) / 1e6);
     fprintf(stderr, "\n");
@@ -147,15 +148,15 @@ static json_t *answer_json(const report *r, const answer_text *answer)
     json_t *memory = memory_json(&r->memory);
     json_object_set_new(memory, "resident", json_integer((json_int_t)r->process.resident));
     json_object_set_new(memory, "peak_resident", json_integer((json_int_t)r->process.peak));
-    return json_pack("{s:o, s:s, s:{s:o, s:s, s:s, s:s, s:i}, s:s, s:o, s:o, s:o, s:{s:f, s:f, s:f}, s:o, s:{s:I}}", //
-                     "answer", json_text(answer->n ? answer->text : "", answer->n), "stop", reason_names[r->reason], //
+    return json_pack("{s:o, s:s, s:{s:o, s:s, s:s, s:s, s:i}, s:s, s:o, s:o, s:o, s:{s:f, s:f, s:f}, s:o, s:{s:I, s:I}}", //
+                     "answer", json_text(answer->n ? answer->text : "", answer->n), "stop", reason_names[r->reason],      //
                      "model", "name", json_text(info.name, strlen(info.name)), "architecture", info.architecture, "quantization",
                      info.quantization,                                                                                            //
                      "kernels", info.kernels, "threads", info.n_threads, "attention", r->settings->session.attn,                   //
                      "read", count_json(s->n_read, s->read_seconds), "question", count_json(s->n_fed, s->feed_seconds),            //
                      "generated", count_json(s->n_generated, s->generate_seconds),                                                 //
                      "kv_read_per_token", "bytes", s->kv_bytes_per_step, "full_attention_bytes", s->kv_bytes_full, "ratio", ratio, //
-                     "memory", memory, "disk", "model", (json_int_t)r->memory.model_file);
+                     "memory", memory, "disk", "model", (json_int_t)r->memory.model_file, "codebooks", (json_int_t)r->memory.codebook_file);
 }
 
 static json_t *stored_json(const quarry_stored *s)

@@ -92,7 +92,8 @@ static int list_policies(bool as_json)
 
 /* ---- model ---- */
 
-static void print_model(const quarry_model_info *m, const session_memory *need)
+/* refusal: why a context of that size would be refused, "" if not. */
+static void print_model(const quarry_model_info *m, const session_memory *need, const char *refusal)
 {
     char a[32];
     memory_available available;
@@ -110,12 +111,17 @@ static void print_model(const quarry_model_info *m, const session_memory *need)
     cli_print("  %-16s %10s\n", "together", cli_bytes((double)session_memory_sum(need), a));
     memory_available_get("", &available);
     if (available.bytes != UINT64_MAX)
-        cli_print("  %-16s %10s, as %s has it now\n", "to be had", cli_bytes((double)available.bytes, a), available.limit);
+        cli_print("  %-16s %10s beside the weights, as %s has it now\n", "to be had", cli_bytes((double)available.bytes, a),
+                  available.limit);
+    if (*refusal) cli_print("Does not fit: %s\n", refusal);
     cli_print("\nOn disk\n  %-16s %7.1f MB\n", "model", (double)need->model_file / 1e6);
-    if (need->stored) cli_print("  %-16s %7.1f MB, estimated\n", "stored context", (double)need->stored / 1e6);
+    if (need->codebook_file) cli_print("  %-16s %7.1f MB\n", "codebooks", (double)need->codebook_file / 1e6);
+    if (need->stored_kv)
+        cli_print("  %-16s %7.1f MB, estimated: keys and values %.1f, index %.1f\n", "stored context",
+                  (double)(need->stored_kv + need->stored_index) / 1e6, (double)need->stored_kv / 1e6, (double)need->stored_index / 1e6);
 }
 
-static int print_model_json(const quarry_model_info *m, const session_memory *need)
+static int print_model_json(const quarry_model_info *m, const session_memory *need, const char *refusal)
 {
     memory_available available;
     json_t *shape = json_pack("{s:i, s:i, s:i, s:i, s:i, s:i, s:I, s:I}", "layers", m->n_layer, "heads", m->n_head, "kv_heads",
@@ -125,7 +131,9 @@ static int print_model_json(const quarry_model_info *m, const session_memory *ne
     json_object_set_new(memory, "context", json_integer((json_int_t)need->n_tokens));
     memory_available_get("", &available);
     if (available.bytes != UINT64_MAX) json_object_set_new(memory, "available", json_integer((json_int_t)available.bytes));
-    json_t *disk = json_pack("{s:I, s:I}", "model", (json_int_t)need->model_file, "stored", (json_int_t)need->stored);
+    json_object_set_new(memory, "fits", json_boolean(!*refusal));
+    json_t *disk = json_pack("{s:I, s:I, s:I, s:I}", "model", (json_int_t)need->model_file, "codebooks", (json_int_t)need->codebook_file,
+                             "stored_kv", (json_int_t)need->stored_kv, "stored_index", (json_int_t)need->stored_index);
     return json_print(json_pack("{s:o, s:s, s:s, s:s, s:s, s:s, s:i, s:o, s:o, s:o}", "name", json_text(m->name, strlen(m->name)),
                                 "architecture", m->architecture, "quantization", m->quantization, "tokenizer", m->tokenizer,
                                 "chat_template", m->chat_template, "kernels", m->kernels, "threads", m->n_threads, "shape", shape, "memory",
@@ -146,13 +154,18 @@ static int info_run(const void *settings, const cli_list *arguments)
     int code = cli_model_open(&model, &options, NULL, NULL);
     if (code) return code;
     const quarry_session_params params = cli_session_params(&s->session);
+    quarry_session *session = NULL;
+    quarry_error refusal = {0};
     quarry_model_get_info(model, &info);
-    if (session_memory_estimate(model, &params, 0, &need, &error))
+    if (session_memory_estimate(model, &params, 0, &need, &error) || !(session = quarry_session_open(model, &params, &error)))
         code = cli_fail_error(&error);
+    else if (session_memory_check(session, need.n_tokens, &refusal) != QUARRY_OK && refusal.code != QUARRY_ERROR_MEMORY)
+        code = cli_fail_error(&refusal);
     else if (s->json)
-        code = print_model_json(&info, &need);
+        code = print_model_json(&info, &need, refusal.message);
     else
-        print_model(&info, &need);
+        print_model(&info, &need, refusal.message);
+    quarry_session_close(session);
     quarry_model_close(model);
     return code;
 }

@@ -4,32 +4,51 @@
 
 #include "gen/session.h"
 
-/* What a policy takes for n_far tokens: it is made as large as a session would make it, but not filled, and destroyed. Past SAMPLE tokens, in proportion. */
-static quarry_code index_estimate(const quarry_model *model, attn_policy *p, int64_t n_far, session_memory *need, quarry_error *error)
+typedef struct index_size {
+    double index, codebooks, stored; /* bytes; stored: on disk */
+    uint64_t codebook_file;
+} index_size;
+
+static index_size index_size_of(const attn_policy *p)
 {
-    enum { SAMPLE = 32768 };
-    const int64_t n = n_far < SAMPLE ? n_far : SAMPLE;
-    const double share = n_far > n ? (double)n_far / (double)n : 1;
-    attn_memory memory = {{.held_only = true}, {.held_only = true}};
-    quarry_code code = QUARRY_OK;
-    if (n > 0 && (code = p->type->reserve(p, n, error)) == QUARRY_OK) {
-        p->type->commit(p, n);
-        if (p->type->reserve_seal && (code = p->type->reserve_seal(p, error)) == QUARRY_OK) p->type->commit_seal(p);
-    }
+    attn_memory memory = {.index.held_only = true, .codebooks.held_only = true};
     p->type->tally(p, &memory);
-    need->bytes[MEMORY_INDEX] += (size_t)(share * (double)memory.index.held);
-    need->bytes[MEMORY_CODEBOOKS] += (size_t)(share * (double)memory.codebooks.held);
-    const size_t threads = (size_t)thread_pool_size(model_pool(model)) * attn_policy_scratch(p, n_far);
-    if (threads > need->bytes[MEMORY_SCRATCH]) need->bytes[MEMORY_SCRATCH] = threads; /* policies of a session take it in turn */
+    index_size size = {(double)memory.index.held, (double)memory.codebooks.held, 0, memory.codebook_file};
     const attn_saving *saving = p->type->saving;
+    const double parts = (double)p->shape.kv.n_layer * p->shape.kv.n_head_kv;
     for (int64_t i = 0; saving && i < saving->n_segments(p); i++) {
         const attn_saved_segment s = saving->segment(p, i);
-        const size_t parts = (size_t)p->shape.kv.n_layer * (size_t)p->shape.kv.n_head_kv;
-        need->stored += (uint64_t)(share * (double)(parts * (s.part_bytes + (size_t)s.n * sizeof(uint16_t))));
+        size.stored += parts * ((double)s.part_bytes + (double)s.n * sizeof(uint16_t));
     }
-    if (saving) need->stored += saving->state_bytes(p);
-    attn_policy_destroy(p);
+    if (saving) size.stored += (double)saving->state_bytes(p);
+    return size;
+}
+
+static quarry_code index_grow(attn_policy *p, int64_t n, bool last, quarry_error *error)
+{
+    quarry_code code = QUARRY_OK;
+    if (n > 0 && (code = p->type->reserve(p, n, error)) == QUARRY_OK) p->type->commit(p, n);
+    if (code == QUARRY_OK && last && p->type->reserve_seal && (code = p->type->reserve_seal(p, error)) == QUARRY_OK)
+        p->type->commit_seal(p);
     return code;
+}
+
+/* What a policy takes for n_far tokens: it is made as large as a session would make it, but not filled. Of more than 2 SAMPLE tokens it is as much again for
+ * each as for those of the second SAMPLE. */
+static quarry_code index_estimate(attn_policy *p, int64_t n_far, index_size *size, quarry_error *error)
+{
+    enum { SAMPLE = 32768 };
+    const bool whole = n_far <= 2 * SAMPLE;
+    quarry_code code = index_grow(p, whole ? n_far : SAMPLE, whole, error);
+    if (code == QUARRY_OK) *size = index_size_of(p);
+    if (whole || code != QUARRY_OK) return code;
+    const index_size half = *size;
+    if ((code = index_grow(p, SAMPLE, false, error)) != QUARRY_OK) return code;
+    const index_size both = index_size_of(p);
+    const double more = (double)(n_far - SAMPLE) / SAMPLE;
+    *size = (index_size){half.index + more * (both.index - half.index), half.codebooks + more * (both.codebooks - half.codebooks),
+                         half.stored + more * (both.stored - half.stored), half.codebook_file};
+    return QUARRY_OK;
 }
 
 /* All parts but those of the model and the program. Takes over the policies, as they were made, [n_policies]. */
@@ -42,12 +61,17 @@ static quarry_code session_estimate(quarry_model *model, const quarry_session_pa
     quarry_code code = QUARRY_OK;
     *need = (session_memory){.n_tokens = n_tokens};
     for (int i = 0; i < n_policies; i++) {
-        if (code == QUARRY_OK)
-            code = index_estimate(model, policies[i], far_end - ATTN_SINKS, need, error);
-        else
-            attn_policy_destroy(policies[i]);
+        index_size size = {0};
+        if (code == QUARRY_OK) code = index_estimate(policies[i], far_end - ATTN_SINKS, &size, error);
+        const size_t threads = (size_t)thread_pool_size(model_pool(model)) * attn_policy_scratch(policies[i], far_end - ATTN_SINKS);
+        if (threads > need->bytes[MEMORY_SCRATCH]) need->bytes[MEMORY_SCRATCH] = threads; /* policies of a session take it in turn */
+        need->bytes[MEMORY_INDEX] += (size_t)size.index;
+        need->bytes[MEMORY_CODEBOOKS] += (size_t)size.codebooks;
+        need->stored_index += (uint64_t)size.stored;
+        need->codebook_file += size.codebook_file;
+        attn_policy_destroy(policies[i]);
     }
-    if (need->stored) need->stored += (uint64_t)n_tokens * (row * (size_t)shape.kv.n_layer + sizeof(int32_t));
+    if (need->stored_index) need->stored_kv = (uint64_t)n_tokens * row * (size_t)shape.kv.n_layer;
     size_t pass = 0;
     if (code == QUARRY_OK) code = forward_scratch_estimate(model, &shape, params->n_batch, &pass, error);
     if (code == QUARRY_OK && !kv_bytes_for(&shape.kv, n_tokens, params->n_batch, &need->bytes[MEMORY_KV]))
@@ -86,19 +110,13 @@ static double mib(double n_bytes)
     return n_bytes / (1 << 20);
 }
 
-/* What would fit, as the end of a message. A context of need->n_tokens takes `all`, of which `index` would go without one; `left` is less. */
-static void advise(const quarry_session *s, const session_memory *need, double all, double index, double left, char *text, size_t size)
-{
-    const double fixed = (double)need->bytes[MEMORY_SCRATCH], share = all > fixed ? (left - fixed) / (all - fixed) : 0;
-    const int64_t fitting = share > 0 ? (int64_t)(share * (double)need->n_tokens) / 100 * 100 : 0;
-    size_t n = 0;
-    text[0] = 0;
-    if (s->params.kv_f32) n += (size_t)snprintf(text + n, size - n, "leave out --kv-f32, ");
-    if (all - index <= left)
-        n += (size_t)snprintf(text + n, size - n, "take --attn full, which has no index (%.0f MiB), ", mib(all - index));
-    if (fitting > 0) n += (size_t)snprintf(text + n, size - n, "give a text of at most %lld tokens, ", (long long)fitting);
-    snprintf(text + n, size - n, "%suse a smaller model", n ? "or " : "");
-}
+/* A session's need and what there is for it. */
+typedef struct verdict {
+    session_memory need; /* but for the model and the program, and what the session holds already */
+    memory_available available;
+    bool by_limit;           /* address space is what is shortest */
+    double all, index, left; /* bytes */
+} verdict;
 
 /* Blocks begin at a multiple of a huge page, for which address space is spoilt before them: one block for every page of the cache. */
 static double spoilt_address(const session_memory *need)
@@ -107,10 +125,16 @@ static double spoilt_address(const session_memory *need)
     return (double)need->bytes[MEMORY_KV] / pages >= huge ? pages * huge : 0;
 }
 
-/* What a session of n tokens will hold, but for the model and the program. */
+/* Of an empty session that reads n tokens; of another one, as much for each as those that it holds have taken. */
 static quarry_code session_need(const quarry_session *s, int64_t n, session_memory *need, quarry_error *error)
 {
     attn_policy *policies[SESSION_MAX_POLICIES];
+    if (s->tokens.n) {
+        const double share = (double)n / (double)s->tokens.n;
+        *need = (session_memory){.n_tokens = n, .bytes = {[MEMORY_KV] = (size_t)(share * (double)kv_bytes(s->kv))}};
+        for (int i = 0; i < s->n_policies; i++) need->bytes[MEMORY_INDEX] += (size_t)(share * (double)attn_policy_bytes(s->policies[i]));
+        return QUARRY_OK;
+    }
     for (int i = 0; i < s->n_policies; i++) {
         if ((policies[i] = s->policies[i]->type->fork(s->policies[i], error))) continue;
         while (i-- > 0) attn_policy_destroy(policies[i]);
@@ -119,28 +143,66 @@ static quarry_code session_need(const quarry_session *s, int64_t n, session_memo
     return session_estimate(s->model, &s->params, policies, s->n_policies, n, need, error);
 }
 
+static quarry_code judge(const quarry_session *s, int64_t n, verdict *v, quarry_error *error)
+{
+    const quarry_code code = session_need(s, n, &v->need, error);
+    if (code != QUARRY_OK) return code;
+    v->index = (double)v->need.bytes[MEMORY_INDEX] + (double)v->need.bytes[MEMORY_CODEBOOKS];
+    /* weights that are read from the mapped file are in what the system calls available, and are needed all the time */
+    v->all = (double)session_memory_sum(&v->need) + (v->by_limit ? spoilt_address(&v->need) : (double)model_mapped_weights(s->model));
+    return QUARRY_OK;
+}
+
+/* The most tokens, in hundreds, that would fit where v->need.n_tokens do not. */
+static int64_t fitting_tokens(const quarry_session *s, const verdict *v)
+{
+    verdict other = *v;
+    int64_t fits = 0, not = v->need.n_tokens;
+    while (not -fits > 100 + not / 64) {
+        const int64_t n = fits + (not -fits) / 2;
+        if (judge(s, n, &other, NULL) == QUARRY_OK && other.all <= v->left)
+            fits = n;
+        else
+            not = n;
+    }
+    return fits / 100 * 100;
+}
+
+/* What would fit, as the end of a message: whatever makes a context smaller is named here. */
+static void advise(const quarry_session *s, const verdict *v, char *text, size_t size)
+{
+    const int64_t fitting = fitting_tokens(s, v);
+    const int n_threads = thread_pool_size(model_pool(s->model));
+    size_t n = 0;
+    text[0] = 0;
+    if (s->params.kv_f32) n += (size_t)snprintf(text + n, size - n, "leave out --kv-f32, ");
+    if (v->all - v->index <= v->left)
+        n += (size_t)snprintf(text + n, size - n, "take --attn full, which has no index (%.0f MiB), ", mib(v->all - v->index));
+    if (n_threads > 1 && v->all - v->left < (double)v->need.bytes[MEMORY_SCRATCH] / 2)
+        n += (size_t)snprintf(text + n, size - n, "use fewer threads than %d (-t), ", n_threads);
+    if (fitting > 0) n += (size_t)snprintf(text + n, size - n, "give a text of at most %lld tokens, ", (long long)fitting);
+    snprintf(text + n, size - n, "%suse a smaller model", n ? "or " : "");
+}
+
 quarry_code session_memory_check(const quarry_session *s, int64_t n, quarry_error *error)
 {
-    memory_available available;
-    session_memory need;
-    char advice[256];
-    if (s->tokens.n) return QUARRY_OK; /* what is added to a text was not known when it was begun */
-    quarry_code code = session_need(s, n, &need, error);
+    verdict v;
+    char advice[320];
+    memory_available_get("", &v.available);
+    v.by_limit = v.available.address < v.available.bytes;
+    v.left = (double)(v.by_limit ? v.available.address : v.available.bytes);
+    const quarry_code code = judge(s, n, &v, error);
     if (code != QUARRY_OK) return code;
-    memory_available_get("", &available);
-    const bool by_limit = available.address < available.bytes;
-    const double left = (double)(by_limit ? available.address : available.bytes);
-    const double index = (double)need.bytes[MEMORY_INDEX] + (double)need.bytes[MEMORY_CODEBOOKS];
-    /* weights that are read from the mapped file are in what the system calls available, and are needed all the time */
-    const double all = (double)session_memory_sum(&need) + (by_limit ? spoilt_address(&need) : (double)model_mapped_weights(s->model));
-    if (all <= left) {
-        if (!by_limit && all > left - (double)available.swap)
+    if (v.all <= v.left) {
+        const double swapped = v.all - v.left + (double)v.available.swap;
+        if (!v.by_limit && swapped > 0)
             log_line(model_logger(s->model), QUARRY_LOG_WARN, "%lld tokens take %.0f MiB of memory, of which %.0f will be in swap: slowly",
-                     (long long)n, mib(all), mib(all - left + (double)available.swap));
+                     (long long)n, mib(v.all), mib(swapped));
         return QUARRY_OK;
     }
-    advise(s, &need, all, index, left, advice, sizeof advice);
+    advise(s, &v, advice, sizeof advice);
     return error_set(error, QUARRY_ERROR_MEMORY,
                      "%lld tokens take %.0f MiB of memory (keys and values %.0f, index %.0f), and %s leaves %.0f: %s", (long long)n,
-                     mib(all), mib((double)need.bytes[MEMORY_KV]), mib(index), by_limit ? "ulimit" : available.limit, mib(left), advice);
+                     mib(v.all), mib((double)v.need.bytes[MEMORY_KV]), mib(v.index), v.by_limit ? "ulimit" : v.available.limit, mib(v.left),
+                     advice);
 }

@@ -41,9 +41,9 @@ extern const char *const memory_part_keys[MEMORY_PARTS], *const memory_part_name
 
 typedef struct session_memory {
     int64_t n_tokens;
-    size_t bytes[MEMORY_PARTS]; /* in RAM */
-    uint64_t model_file;        /* bytes on disk */
-    uint64_t stored; /* the same of a stored context of so many tokens, estimated; 0: its index is not kept, or it is not an estimate */
+    size_t bytes[MEMORY_PARTS];         /* in RAM */
+    uint64_t model_file, codebook_file; /* bytes on disk; 0: none */
+    uint64_t stored_kv, stored_index;   /* the same of a stored context of so many tokens, in an estimate; 0: it cannot be stored */
 } session_memory;
 
 size_t session_memory_sum(const session_memory *memory);
@@ -52,7 +52,7 @@ void session_memory_held(const quarry_session *session, session_memory *memory);
 /* What a session with these parameters will hold once it has read so many tokens (0: n_ctx of them, or as many as the model was trained for), and the model. */
 quarry_code session_memory_estimate(quarry_model *model, const quarry_session_params *params, int64_t n_tokens, session_memory *need,
                                     quarry_error *error);
-/* Error MEMORY, saying what would fit, if n tokens more will not. */
+/* Error MEMORY, saying what would, if n tokens more will not fit: what they take is compared with what the machine, the control groups and ulimit leave now. */
 quarry_code session_memory_check(const quarry_session *session, int64_t n, quarry_error *error);
 
 /* quarry_session_read; seal = false: not the end of a text, the index's open segment stays open. */

@@ -31,6 +31,7 @@ void session_memory_held(const quarry_session *s, session_memory *memory)
                                          [MEMORY_CODEBOOKS] = attention.codebooks.resident,
                                          [MEMORY_SCRATCH] = scratch.resident,
                                          [MEMORY_VOCABULARY] = model.vocabulary.resident},
-                               .model_file = model.file_bytes};
+                               .model_file = model.file_bytes,
+                               .codebook_file = attention.codebook_file};
     if (process_memory_get(&process) && process.file > model.mapped) memory->bytes[MEMORY_PROGRAM] = process.file - model.mapped;
 }
