@@ -1,4 +1,4 @@
-/* Reads any bytes as a piece of a stored context; then the same with checksums and key made right, so that what lies behind them is reached: a cache and an index are loaded from it, and asked. */
+/* Reads any bytes as a piece of a stored context; then the same with checksums and key made right, so that what lies behind them is reached: a cache and an index are loaded from it, with rows in memory and cold ones, and asked. */
 #define XXH_INLINE_ALL
 #include <stdio.h>
 #include <stdlib.h>
@@ -58,7 +58,21 @@ static bool repair(uint8_t *bytes, size_t n, piece_header *h)
     return fits;
 }
 
-static void load(piece_file *piece, const piece_header *h)
+/* Every row of the cold segments, one part after the other. */
+static void read_cold(const kv_seq *kv)
+{
+    kv_cold *cold = kv_cold_of(kv);
+    const int n_parts = kv_shape_of(kv)->n_layer * kv_shape_of(kv)->n_head_kv;
+    for (int64_t s = 0; s < kv_cold_in(kv)->n_segments; s++) {
+        const int64_t n = kv_cold_length(cold, s), per = kv_cold_block_rows(cold);
+        uint8_t *out = malloc((size_t)((n + per - 1) / per) * kv_cold_block_bytes(cold));
+        CHECK(out);
+        for (int part = 0; part < n_parts; part++) CHECK(kv_cold_read(cold, part, s, 0, n, out, NULL) == QUARRY_OK);
+        free(out);
+    }
+}
+
+static void load(piece_file *piece, const piece_header *h, bool cold)
 {
     const kv_shape *kv_of = &h->subject.kv;
     static const double inverse[4] = {1, 0.1, 0.01, 0.001};
@@ -68,7 +82,7 @@ static void load(piece_file *piece, const piece_header *h)
     const attn_shape shape = {
         .kv = *kv_of, .n_head = GROUP * kv_of->n_head_kv, .scale = 0.25f, .rope = {.n_rot = 8, .halves = true, .inverse = inverse}};
     char spec[ATTN_OPTION_TEXT] = "ivfpq";
-    const char *options = strncmp(h->subject.index, "ivfpq 1 ", 8) ? NULL : h->subject.index + 8;
+    const char *options = strncmp(h->subject.index, "ivfpq 2 ", 8) ? NULL : h->subject.index + 8;
     if (options && strlen(options) < 200) { /* "size=64 values=0.8 …" as a specification */
         snprintf(spec, sizeof spec, "ivfpq:%s", options);
         for (char *c = spec; *c; c++)
@@ -81,7 +95,12 @@ static void load(piece_file *piece, const piece_header *h)
     arena scratch = {0};
     store_key damaged;
     CHECK(kv && pool);
-    if (p && pieces_load(&piece, 1, kv, p, pool, &scratch, &damaged, NULL) == QUARRY_OK && kv_length(kv) == h->subject.end) {
+    if (p && pieces_load(&piece, 1, cold, kv, p, pool, &scratch, &damaged, NULL) == QUARRY_OK && kv_length(kv) == h->subject.end) {
+        if (kv_cold_of(kv)) {
+            const size_t rows = h->subject.end % 2 ? SIZE_MAX : 30000, keys = h->subject.end % 3 ? SIZE_MAX : 9000;
+            CHECK(kv_cold_set_cache(kv_cold_of(kv), rows, keys, NULL) == QUARRY_OK);
+            read_cold(kv);
+        }
         float q[GROUP * 256];
         for (int i = 0; i < GROUP * kv_of->head_dim; i++) q[i] = (float)(i * 29 % 13 - 6);
         for (int part = 0; part < kv_of->n_layer * kv_of->n_head_kv; part++) {
@@ -92,7 +111,12 @@ static void load(piece_file *piece, const piece_header *h)
             arena_reset(&scratch);
             CHECK(p->type->select(p, part / kv_of->n_head_kv, part % kv_of->n_head_kv, kv, q, kv_length(kv) - 1, &near, &scratch, &out,
                                   &cost, NULL) == QUARRY_OK);
-            for (int64_t i = 0; !out.all && i < out.n; i++) CHECK(out.ids[i] >= ATTN_SINKS && out.ids[i] < p->n_far);
+            if (kv_cold_of(kv))
+                CHECK(p->type->fetch(p, part / kv_of->n_head_kv, part % kv_of->n_head_kv, kv, &out, &scratch, NULL) == QUARRY_OK);
+            for (int64_t i = 0; !out.all && i < out.n; i++) {
+                CHECK(out.ids[i] >= ATTN_SINKS && out.ids[i] < p->n_far);
+                CHECK(!kv_cold_of(kv) || (out.rows && out.rows[i]));
+            }
         }
         CHECK(attn_index_seal(p, kv, pool, &scratch, NULL) == QUARRY_OK);
     }
@@ -132,7 +156,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
             CHECK(pool && piece_verify(p, pool, &scratch, NULL) == QUARRY_OK);
             thread_pool_destroy(pool);
             arena_free(&scratch);
-            load(p, &h);
+            load(p, &h, false);
+            load(p, &h, true);
         }
         piece_close(p);
         close(fd);

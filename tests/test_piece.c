@@ -76,7 +76,7 @@ static quarry_code load(quarry_session *s, int n, quarry_error *e)
     int opened = 0;
     for (; opened < n && code == QUARRY_OK; opened++)
         if (!(pieces[opened] = piece_open(path_of(opened), e))) code = e->code;
-    if (code == QUARRY_OK) code = session_load(s, pieces, n, &damaged, e);
+    if (code == QUARRY_OK) code = session_load(s, pieces, n, false, &damaged, e);
     for (int i = 0; i < opened; i++) piece_close(pieces[i]);
     return code;
 }

@@ -179,6 +179,8 @@ typedef struct quarry_session_params {
      * trained for if that is less; at most a quarter) is searched, and seen alike whatever its distance, by tokens read and generated. See docs/extend.md */
     bool extend;
     bool kv_f32; /* keep keys and values in f32 instead of f16: twice the memory, for comparing with references */
+    /* > 0: bytes of memory that keys and values may take. Documents must be read by quarry_session_read_stored, which keeps them on disk; from there rows are read as they are searched for. 0: no bound */
+    size_t kv_ram;
 } quarry_session_params;
 
 /* params may be NULL. Errors: ARGUMENT (sizes, the policy or its options), IO and FORMAT (a file that the policy needs), MEMORY. */
@@ -211,7 +213,8 @@ QUARRY_API int64_t quarry_session_length(const quarry_session *session);
 QUARRY_API const int32_t *quarry_session_tokens(const quarry_session *session);
 
 /* Keeps the first n_tokens and forgets the rest; there are no logits until the next read or feed. Error ARGUMENT if layers with a sliding window no longer
- * hold what the next token would see: at least 512 tokens can be taken back, and all of them always. */
+ * hold what the next token would see (at least 512 tokens can be taken back), or of a context that came from a store, or was kept there with kv_ram, a part would be cut off.
+ * All tokens can always be forgotten. */
 QUARRY_API int quarry_session_truncate(quarry_session *session, int64_t n_tokens, quarry_error *error);
 
 /* Length of the longest common prefix of the session's tokens and the given ones. */
@@ -282,6 +285,10 @@ typedef struct quarry_stored {
 QUARRY_API int quarry_session_read_stored(quarry_session *session, quarry_store *store, const int32_t *tokens, int64_t n,
                                           const int64_t *ends, int n_ends, const char *names, const quarry_watch *watch,
                                           quarry_stored *info, quarry_error *error);
+
+/* After FORMAT of a feed or an answer, whose rows come from the store as they are needed: removes the file that was found damaged; true if it did. The session is of no use then but to be closed; its text must be
+ * read again. */
+QUARRY_API bool quarry_store_remove_damaged(quarry_store *store, const quarry_session *session);
 
 /* ---- citations ------------------------------------------------------------------------------------------------- */
 

@@ -96,7 +96,8 @@ static inline int64_t attn_cost_bytes(const attn_cost *cost, int64_t row_bytes)
 typedef struct attn_selection {
     int32_t *ids; /* [n] positions of far tokens, each once, in any order */
     int64_t n;
-    bool all; /* every far token (ids unused) */
+    bool all;          /* every far token (ids unused) */
+    const void **rows; /* [n] their rows, where some are cold (fetch); NULL: where kv_row says */
 } attn_selection;
 
 typedef struct attn_saving attn_saving; /* below */
@@ -134,6 +135,9 @@ typedef struct attn_policy_type {
     /* The same for the vectors q[n][d], n <= ATTN_MAX_GROUP, of several queries, which read what is selected together; no tail follows. near: m and l of each. NULL: select is asked with their mean. */
     quarry_code (*select_block)(const attn_policy *p, int layer, int head, const kv_seq *kv, const float *q, int n,
                                 const attention_state *near, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error);
+    /* (parallel, const) Where rows of kv are cold: out of what select left behind the ids, sel->rows. NULL: none are, for the index is not kept in saved contexts. */
+    quarry_code (*fetch)(const attn_policy *p, int layer, int head, const kv_seq *kv, attn_selection *sel, arena *scratch,
+                         quarry_error *error);
     /* (parallel, const) Adds an estimate of the far tokens not selected to state[group]; called after the selected rows were added. scores[group][n]: their scaled scores; rows[n]. May be NULL: dropped. Uses
      * what select left behind the ids, maybe in another thread's scratch. */
     void (*tail)(const attn_policy *p, int layer, int head, const float *q, const attn_selection *sel, const float *scores,
@@ -163,15 +167,19 @@ struct attn_saving {
     size_t (*state_bytes)(const attn_policy *p);
     void (*save_state)(const attn_policy *p, uint8_t *out);
     /* Loading, into a policy that holds nothing. First every segment: room for one of n tokens behind the others, then its parts. Bytes are not trusted: FORMAT (without a
-     * message) if they cannot be what was saved. */
-    quarry_code (*load_segment)(attn_policy *p, int64_t n, size_t part_bytes, quarry_error *error);
+     * message) if they cannot be what was saved. cold: its rows are not in memory. */
+    quarry_code (*load_segment)(attn_policy *p, int64_t n, size_t part_bytes, bool cold, quarry_error *error);
     /* (parallel) order[n]: every token once, as `order` gave it. */
     quarry_code (*load_part)(attn_policy *p, int64_t i, int layer, int head, const uint16_t *order, const uint8_t *bytes);
     /* Then the state of a context of `length` tokens. */
     quarry_code (*load_state)(attn_policy *p, const uint8_t *bytes, size_t n_bytes, int64_t length, quarry_error *error);
-    /* (parallel) What is made of the rows of segment i, which are in kv now; last, with i == n_segments, of those that no segment holds. */
+    /* (parallel) What is made of the rows of segment i, which are in kv now, and not cold; last, with i == n_segments, of those that no segment holds. */
     void (*load_rows)(attn_policy *p, int64_t i, int layer, int head, const kv_seq *kv, arena *scratch);
     void (*load_commit)(attn_policy *p);
+    /* Bytes that the policy keeps beside a cold row (kv_cold_create). */
+    size_t (*derived_bytes)(const attn_policy *p);
+    /* The rows of the first n segments are cold now: what can be made of them again is given back. */
+    void (*set_cold)(attn_policy *p, int64_t n);
 };
 
 /* Every policy's state starts with this. */

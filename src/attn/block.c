@@ -80,12 +80,16 @@ static void flush(block *b)
     b->n_gathered = 0;
 }
 
+static void gather_row(block *b, const void *row)
+{
+    const size_t bytes = kv_row_bytes(b->p->shape->kv.type, b->p->d);
+    memcpy(b->gathered + (size_t)b->n_gathered++ * bytes, row, bytes);
+    if (b->n_gathered == ATTENTION_TILE) flush(b);
+}
+
 static void gather(block *b, int64_t pos)
 {
-    const attn_pass *p = b->p;
-    const size_t bytes = kv_row_bytes(p->shape->kv.type, p->d);
-    memcpy(b->gathered + (size_t)b->n_gathered++ * bytes, kv_row(b->rows->kv, p->layer, b->t->head, pos), bytes);
-    if (b->n_gathered == ATTENTION_TILE) flush(b);
+    gather_row(b, kv_row(b->rows->kv, b->p->layer, b->t->head, pos));
 }
 
 /* One selection from the queries of rows spread over the block. */
@@ -136,10 +140,16 @@ static quarry_code attend(block *b, attn_cost *cost, quarry_error *error)
         for (int64_t pos = b->far_end; pos < b->tiled; pos++) gather(b, pos);
         flush(b);
         quarry_code code = type->select_block ? select_together(b, &selected, cost, error) : select_by_mean(b, &selected, cost, error);
+        if (code == QUARRY_OK && kv_cold_of(b->rows->kv))
+            code = type->fetch(b->rows->policy, b->p->layer, b->t->head, b->rows->kv, &selected, b->scratch, error);
         if (code != QUARRY_OK) return code;
     }
     if (!selected.all) {
-        for (int64_t i = 0; i < selected.n; i++) gather(b, selected.ids[i]);
+        for (int64_t i = 0; i < selected.n; i++)
+            if (selected.rows)
+                gather_row(b, selected.rows[i]);
+            else
+                gather(b, selected.ids[i]);
     } else if (searched) {
         for (int64_t pos = b->n_sinks; pos < b->far_end; pos++) gather(b, pos);
     } else {

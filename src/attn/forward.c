@@ -37,10 +37,17 @@ static bool is_local(const attn_pass *p)
     return p->layer >= p->shape->kv.n_layer;
 }
 
+/* The first of the keys that a row sees in memory and in order: behind the cold ones, before which only sinks are. */
 static int64_t first_seen(const attn_pass *p, const attn_row *row)
 {
     const int64_t window = attn_extended(p) ? p->shape->extend.sliding : p->shape->kv.window;
-    return !is_local(p) || row->pos < window ? 0 : row->pos - window + 1;
+    if (!is_local(p)) return kv_cold_in(row->kv)->end;
+    return row->pos < window ? 0 : row->pos - window + 1;
+}
+
+static int64_t count_seen(const attn_pass *p, const attn_row *row)
+{
+    return row->pos + 1 - (is_local(p) ? first_seen(p, row) : 0);
 }
 
 static void add_rows(const attn_pass *p, int64_t row, int head, int64_t n)
@@ -82,6 +89,34 @@ static int64_t first_tiled(const attn_pass *p, const attn_row *row)
     return (first_seen(p, row) + ATTENTION_TILE - 1) / ATTENTION_TILE * ATTENTION_TILE;
 }
 
+/* Queries [nq][d] of rows that see all cold keys: these in the order of their files, and the sinks before them. */
+static quarry_code attend_cold(const attn_pass *p, const attn_task *t, const float *q, int *limit, int nq, void *kernel_scratch,
+                               attention_state *state, arena *scratch, quarry_error *error)
+{
+    const attn_row *row = &p->rows[t->row];
+    kv_cold *cold = kv_cold_of(row->kv);
+    const int part = p->layer * p->shape->kv.n_head_kv + t->head;
+    const int64_t per = kv_cold_block_rows(cold), step = per > ATTENTION_TILE ? per : ATTENTION_TILE;
+    const size_t row_bytes = kv_row_bytes(p->shape->kv.type, p->d);
+    uint8_t *rows = arena_alloc(scratch, (size_t)(step / per), kv_cold_block_bytes(cold), error);
+    if (!rows) return QUARRY_ERROR_MEMORY;
+    for (int64_t segment = 0; segment < kv_cold_in(row->kv)->n_segments; segment++) {
+        const int64_t length = kv_cold_length(cold, segment);
+        for (int64_t first = 0; first < length; first += step) {
+            const int64_t n = length - first < step ? length - first : step;
+            const quarry_code code = kv_cold_read(cold, part, segment, first, n, rows, error);
+            if (code != QUARRY_OK) return code;
+            for (int64_t at = 0; at < n; at += ATTENTION_TILE) {
+                const int m = n - at < ATTENTION_TILE ? (int)(n - at) : ATTENTION_TILE;
+                for (int i = 0; i < nq; i++) limit[i] = m;
+                p->c->kernels->attention->tile_coarse(q, limit, nq, p->d, p->shape->kv.type, rows + (size_t)at * row_bytes, m,
+                                                      kernel_scratch, state);
+            }
+        }
+    }
+    return QUARRY_OK;
+}
+
 static quarry_code run_tile(attn_pass *p, const attn_task *t, arena *scratch, quarry_error *error)
 {
     int g = p->group, d = p->d, nq = (int)t->n_rows * g;
@@ -99,7 +134,12 @@ static quarry_code run_tile(attn_pass *p, const attn_task *t, arena *scratch, qu
         if (tiled > rows[r].pos + 1) tiled = rows[r].pos + 1;
         attention_state part = {state.m + r * g, state.l + r * g, state.o + r * g * d};
         quarry_code code = QUARRY_OK;
-        if (seen < tiled) code = run_range(p, &rows[r], t->head, q + r * g * d, seen, tiled, scratch, &part, error);
+        if (!is_local(p) && seen > 0) code = run_range(p, &rows[r], t->head, q + r * g * d, 0, ATTN_SINKS, scratch, &part, error);
+        if (code == QUARRY_OK && seen < tiled) code = run_range(p, &rows[r], t->head, q + r * g * d, seen, tiled, scratch, &part, error);
+        if (code != QUARRY_OK) return code;
+    }
+    if (!is_local(p) && first_seen(p, rows) > 0) {
+        quarry_code code = attend_cold(p, t, q, limit, nq, kernel_scratch, &state, scratch, error);
         if (code != QUARRY_OK) return code;
     }
     int64_t end = rows[t->n_rows - 1].pos + 1;
@@ -115,7 +155,7 @@ static quarry_code run_tile(attn_pass *p, const attn_task *t, arena *scratch, qu
     for (int64_t r = 0; r < t->n_rows; r++) {
         attention_state part = {state.m + r * g, state.l + r * g, state.o + r * g * d};
         attn_write_out(&part, g, d, attn_out_of(p, t->row + r, t->head));
-        add_rows(p, t->row + r, t->head, rows[r].pos + 1 - first_seen(p, &rows[r]));
+        add_rows(p, t->row + r, t->head, count_seen(p, &rows[r]));
     }
     return QUARRY_OK;
 }
@@ -194,7 +234,7 @@ static quarry_code attend(attn_pass *p, const attn_task *t, arena *scratch, attn
 {
     const attn_row *row = &p->rows[t->row];
     attn_policy *policy = row->policy;
-    const attn_selection *selected = &f->selected;
+    attn_selection *selected = &f->selected;
     if (selected->all) {
         quarry_code code = run_range(p, row, t->head, f->q_far, f->sinks, f->far_end, scratch, &f->state, error);
         if (code != QUARRY_OK) return code;
@@ -204,7 +244,12 @@ static quarry_code attend(attn_pass *p, const attn_task *t, arena *scratch, attn
         const void **far = arena_alloc(scratch, (size_t)selected->n, sizeof *far, error);
         float *scores = arena_alloc(scratch, (size_t)(selected->n * p->group), sizeof *scores, error);
         if (!far || !scores) return QUARRY_ERROR_MEMORY;
-        for (int64_t i = 0; i < selected->n; i++) far[i] = kv_row(row->kv, p->layer, t->head, selected->ids[i]);
+        if (kv_cold_of(row->kv)) {
+            const quarry_code code = policy->type->fetch(policy, p->layer, t->head, row->kv, selected, scratch, error);
+            if (code != QUARRY_OK) return code;
+        }
+        for (int64_t i = 0; i < selected->n; i++)
+            far[i] = selected->rows ? selected->rows[i] : kv_row(row->kv, p->layer, t->head, selected->ids[i]);
         p->c->kernels->attention->rows(f->q_far, p->group, p->d, p->shape->kv.type, far, selected->n, scores, &f->state);
         if (policy->type->tail)
             policy->type->tail(policy, p->layer, t->head, attn_far_query_of(p, t->row, t->head), selected, scores, far, scratch, &f->state,
@@ -257,7 +302,9 @@ static void run_task(void *context, int64_t index, int thread)
     case TASK_FIND: code = run_find(p, t, scratch, &error); break;
     default: code = run_attend(p, t, scratch, &error);
     }
-    if (code != QUARRY_OK && !atomic_exchange(&p->failed, true)) p->error = error;
+    if (code == QUARRY_OK || atomic_exchange(&p->failed, true)) return;
+    p->error = error;
+    p->error.code = code;
 }
 
 static attn_task *push_task(attn_pass *p)
@@ -292,7 +339,7 @@ static int64_t split_count(int64_t n_keys)
     return (n_keys + SPLIT - 1) / SPLIT;
 }
 
-/* Few searches and nothing else: find tasks for all, then attend tasks. */
+/* Few searches and nothing else: find tasks for all, then attend tasks. So cold rows of all heads are on their way before the first is waited for. */
 static quarry_code plan_in_halves(attn_pass *p, int64_t n, quarry_error *error)
 {
     int heads = p->shape->kv.n_head_kv;
@@ -313,10 +360,13 @@ static bool in_halves(const attn_pass *p, int64_t n)
 {
     enum { ENOUGH = 4 }; /* whole searches per thread */
     int threads = thread_pool_size(p->c->pool);
-    if (threads == 1 || n * p->shape->kv.n_head_kv >= ENOUGH * threads) return false;
-    for (int64_t i = 0; i < n; i++)
+    bool cold = false;
+    if (n * p->shape->kv.n_head_kv >= ENOUGH * threads) return false;
+    for (int64_t i = 0; i < n; i++) {
         if (is_dense(p, &p->rows[i])) return false;
-    return true;
+        cold |= kv_cold_of(p->rows[i].kv) != NULL;
+    }
+    return threads > 1 || cold;
 }
 
 static quarry_code plan(attn_pass *p, int64_t n, quarry_error *error)
@@ -423,7 +473,7 @@ quarry_code attn_forward(const attn_context *c, const attn_shape *shape, int lay
     thread_pool_run(c->pool, pass.n_tasks, run_task, &pass);
     if (pass.failed) {
         if (error) *error = pass.error;
-        return QUARRY_ERROR_MEMORY;
+        return pass.error.code;
     }
     merge_splits(&pass);
     for (int64_t i = 0; cost && i < n; i++)

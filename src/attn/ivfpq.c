@@ -91,9 +91,10 @@ static attn_policy *ivfpq_fork(const attn_policy *policy, quarry_error *error)
     ivfpq *p = ivfpq_new(&from->base.shape, from->base.kernels, &from->options, error);
     if (!p) return NULL;
     if (from->open) {
-        p->open = ivfpq_segment_create(p, from->open->n, false, error);
+        p->open = ivfpq_segment_create(p, from->open->n, false, false, error);
         if (!p->open) goto fail;
         memcpy(p->open->memory, from->open->memory, from->open->bytes);
+        memcpy(p->open->keys, from->open->keys, from->open->key_bytes);
         memcpy(p->open->status, from->open->status, (size_t)p->n_parts * sizeof *p->open->status);
     }
     if (memory_grow(&p->sealed, (size_t)from->n_sealed, sizeof *p->sealed, "key index", error) != QUARRY_OK) goto fail;
@@ -177,6 +178,7 @@ static void segment_tally(const ivfpq *p, const ivfpq_segment *s, bool sealed, a
     const size_t tables = sealed ? s->layout.begin * (size_t)p->n_parts : 0;
     memory_tally all = {.held_only = memory->index.held_only};
     memory_tally_add(&all, s->memory, memory_aligned_bytes(s->bytes));
+    memory_tally_add(&all, s->keys, memory_aligned_bytes(s->key_bytes));
     memory_tally_add(&all, s->status, (size_t)p->n_parts * sizeof *s->status);
     const size_t in_ram = tables < all.resident ? tables : all.resident;
     memory->codebooks.held += tables;
@@ -243,6 +245,7 @@ const attn_policy_type attn_ivfpq = {
     .commit_seal = ivfpq_commit_seal,
     .select = ivfpq_select,
     .select_block = ivfpq_select_block,
+    .fetch = ivfpq_fetch,
     .tail = ivfpq_tail,
     .truncate = ivfpq_truncate,
     .tally = ivfpq_tally,

@@ -7,7 +7,8 @@
  *
  *     tables     centre, basis and centroids of a product code (vq/vq.h), learned from its keys and the queries seen until it was sealed
  *     codes      4 bits for every 4 dimensions of each key -> an estimated weight for every token
- *     keys       4 bits a dimension -> a better one for those that seem to weigh something; the heaviest are read
+ *     keys       4 bits a dimension -> a better one for those that seem to weigh something; the heaviest are read. Where rows are not in
+ *                memory (kv/cold.h) neither are these, but for the outliers': they are made of rows as those are fetched
  *     clusters   int8 sum of the values of about `size` similar tokens -> what the unread ones add up to, each with its estimated weight
  *
  * A part keeps its tokens in the order of their clusters: a token's place there is its slot. Clusters are made by keys and values together:
@@ -40,8 +41,9 @@ typedef struct ivfpq_options {
 
 /* Where the fields of a part lie, in bytes from its start. */
 typedef struct ivfpq_layout {
-    size_t centre, centroids, forward, forward_scale, query, query_scale, begin, value_scale, values, order, cluster, codes, key_scale,
-        keys, errors, outliers, total;
+    size_t centre, centroids, forward, forward_scale, query, query_scale, begin, value_scale, values, order, cluster, codes, errors,
+        outliers, outlier_scale, outlier_keys, total;
+    size_t key_scale, keys_total; /* of its keys, which are apart */
 } ivfpq_layout;
 
 typedef struct ivfpq_status {
@@ -55,7 +57,8 @@ typedef struct ivfpq_segment {
     ivfpq_layout layout;
     ivfpq_status *status;  /* [n_layer][n_head_kv] */
     unsigned char *memory; /* [n_layer][n_head_kv] parts: first touched where they are made */
-    size_t bytes;
+    unsigned char *keys;   /* [n_layer][n_head_kv]: keys and their scales; NULL: their rows are cold */
+    size_t bytes, key_bytes;
 } ivfpq_segment;
 
 typedef struct ivfpq_part {
@@ -69,10 +72,12 @@ typedef struct ivfpq_part {
     int8_t *values;                     /* [clusters][d]: sums of the values */
     uint16_t *order, *cluster;          /* [slots]: the token, counted from the segment's first; its cluster */
     uint8_t *codes;                     /* scan blocks of slots */
-    float *key_scale;                   /* [slots] */
     float *errors;                      /* [n_sub]: mean square of what codes leave of a coordinate, in those of the basis */
-    uint16_t *outliers;                 /* [tokens * outliers]: the slots whose codes are worst */
-    uint8_t *keys;                      /* [slots][d / 2]: key - centre in 4 bits a dimension (math/retrieval.h, dot_i4) */
+    uint16_t *outliers;                 /* [tokens * outliers]: the slots whose codes are worst, ascending */
+    float *outlier_scale;               /* [tokens * outliers]: the keys of those */
+    uint8_t *outlier_keys;              /* [tokens * outliers][d / 2] */
+    float *key_scale;                   /* [slots], or NULL */
+    uint8_t *keys;                      /* [slots][d / 2], or NULL: key - centre in 4 bits a dimension (math/retrieval.h, dot_i4) */
 } ivfpq_part;
 
 typedef struct ivfpq {
@@ -112,8 +117,8 @@ int64_t ivfpq_cluster_count(const ivfpq *p, int64_t n, bool sealed); /* most clu
 /* Tokens of the segment that begins at position `first`, when it is full. */
 int64_t ivfpq_full_segment(const ivfpq *p, int64_t first);
 
-/* A segment for n tokens; the open one (sealed = false) has no tables. */
-ivfpq_segment *ivfpq_segment_create(const ivfpq *p, int64_t n, bool sealed, quarry_error *error);
+/* A segment for n tokens; the open one (sealed = false) has no tables. cold: without keys. */
+ivfpq_segment *ivfpq_segment_create(const ivfpq *p, int64_t n, bool sealed, bool cold, quarry_error *error);
 void ivfpq_segment_release(ivfpq_segment *s); /* NULL allowed */
 ivfpq_part ivfpq_part_of(const ivfpq *p, const ivfpq_segment *s, int part);
 
@@ -127,7 +132,7 @@ void ivfpq_drop_pending(ivfpq *p);
 /* An open segment with room for n tokens; one that is large enough stays. */
 quarry_code ivfpq_grow_open(ivfpq *p, int64_t n, quarry_error *error);
 /* One more sealed segment, of n tokens, to be filled. */
-quarry_code ivfpq_push_loaded(ivfpq *p, int64_t n, quarry_error *error);
+quarry_code ivfpq_push_loaded(ivfpq *p, int64_t n, bool cold, quarry_error *error);
 void ivfpq_load_rows(attn_policy *p, int64_t i, int layer, int head, const kv_seq *kv, arena *scratch);
 void ivfpq_load_commit(attn_policy *p);
 /* The queries ahead become seen ones. */
@@ -135,6 +140,8 @@ void ivfpq_catch_up(ivfpq *p);
 
 /* ---- ivfpq_search.c ---- */
 
+/* Of what is kept beside a cold row: its 4-bit key. */
+size_t ivfpq_derived_bytes(const attn_policy *p);
 quarry_code ivfpq_select(const attn_policy *p, int layer, int head, const kv_seq *kv, const float *q, int64_t pos,
                          const attention_state *near, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error);
 /* The same for q[g][d], of several queries: the largest weight over all decides. */
@@ -144,6 +151,8 @@ quarry_code ivfpq_select_block(const attn_policy *p, int layer, int head, const 
  * them and what has no code, each once, and what ivfpq_tail needs. All that it reads counts as tail. */
 quarry_code ivfpq_cover(const attn_policy *p, int layer, int head, const float *q, const attention_state *near, const int32_t *ids,
                         int64_t n, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error);
+quarry_code ivfpq_fetch(const attn_policy *p, int layer, int head, const kv_seq *kv, attn_selection *sel, arena *scratch,
+                        quarry_error *error);
 void ivfpq_tail(const attn_policy *p, int layer, int head, const float *q, const attn_selection *sel, const float *scores,
                 const void *const *rows, arena *scratch, attention_state *state, attn_cost *cost);
 

@@ -33,11 +33,16 @@ static ivfpq_layout layout_make(const ivfpq *p, int64_t n, int64_t n_clusters, b
     l.order = take(&at, (size_t)n * sizeof(uint16_t));
     l.cluster = take(&at, (size_t)n * sizeof(uint16_t));
     l.codes = take(&at, vq_code_bytes(p->n_sub, n));
-    l.key_scale = take(&at, (size_t)n * f);
-    l.keys = take(&at, (size_t)n * (d / 2));
+    const size_t outliers = sealed ? (size_t)ivfpq_outliers(p, n) : 0;
     l.errors = take(&at, sealed ? (size_t)p->n_sub * f : 0);
-    l.outliers = take(&at, sealed ? (size_t)ivfpq_outliers(p, n) * sizeof(uint16_t) : 0);
+    l.outliers = take(&at, outliers * sizeof(uint16_t));
+    l.outlier_scale = take(&at, outliers * f);
+    l.outlier_keys = take(&at, outliers * (d / 2));
     l.total = at;
+    at = 0;
+    take(&at, (size_t)n * (d / 2));
+    l.key_scale = take(&at, (size_t)n * f);
+    l.keys_total = at;
     return l;
 }
 
@@ -47,7 +52,7 @@ int64_t ivfpq_cluster_count(const ivfpq *p, int64_t n, bool sealed)
     return (n + size - 1) / size;
 }
 
-ivfpq_segment *ivfpq_segment_create(const ivfpq *p, int64_t n, bool sealed, quarry_error *error)
+ivfpq_segment *ivfpq_segment_create(const ivfpq *p, int64_t n, bool sealed, bool cold, quarry_error *error)
 {
     ivfpq_segment *s = memory_zero(1, sizeof *s, "key index", error);
     if (!s) return NULL;
@@ -57,7 +62,11 @@ ivfpq_segment *ivfpq_segment_create(const ivfpq *p, int64_t n, bool sealed, quar
     s->bytes = s->layout.total * (size_t)p->n_parts;
     s->status = memory_zero((size_t)p->n_parts, sizeof *s->status, "key index", error);
     s->memory = s->status ? memory_aligned((size_t)p->n_parts, s->layout.total, "key index", error) : NULL;
-    if (s->memory) return s;
+    if (s->memory && !cold) {
+        s->key_bytes = s->layout.keys_total * (size_t)p->n_parts;
+        s->keys = memory_aligned((size_t)p->n_parts, s->layout.keys_total, "key index", error);
+    }
+    if (s->memory && (s->keys || cold)) return s;
     ivfpq_segment_release(s);
     return NULL;
 }
@@ -66,6 +75,7 @@ void ivfpq_segment_release(ivfpq_segment *s)
 {
     if (!s || atomic_fetch_sub(&s->n_refs, 1) != 1) return;
     memory_free(s->memory);
+    memory_free(s->keys);
     memory_free(s->status);
     memory_free(s);
 }
@@ -73,7 +83,7 @@ void ivfpq_segment_release(ivfpq_segment *s)
 ivfpq_part ivfpq_part_of(const ivfpq *p, const ivfpq_segment *s, int part)
 {
     const ivfpq_layout *l = &s->layout;
-    unsigned char *m = s->memory + (size_t)part * l->total;
+    unsigned char *m = s->memory + (size_t)part * l->total, *keys = s->keys ? s->keys + (size_t)part * l->keys_total : NULL;
     return (ivfpq_part){
         .status = &s->status[part],
         .centre = (float *)(m + l->centre),
@@ -88,10 +98,12 @@ ivfpq_part ivfpq_part_of(const ivfpq *p, const ivfpq_segment *s, int part)
         .order = (uint16_t *)(m + l->order),
         .cluster = (uint16_t *)(m + l->cluster),
         .codes = m + l->codes,
-        .key_scale = (float *)(m + l->key_scale),
-        .keys = m + l->keys,
         .errors = (float *)(m + l->errors),
         .outliers = (uint16_t *)(m + l->outliers),
+        .outlier_scale = (float *)(m + l->outlier_scale),
+        .outlier_keys = m + l->outlier_keys,
+        .key_scale = keys ? (float *)(keys + l->key_scale) : NULL,
+        .keys = keys,
     };
 }
 
@@ -101,7 +113,7 @@ void ivfpq_drop_pending(ivfpq *p)
 }
 
 /* One more segment of n tokens at the end of the pending ones. */
-static quarry_code push_pending(ivfpq *p, int64_t first, int64_t n, quarry_error *error)
+static quarry_code push_pending(ivfpq *p, int64_t first, int64_t n, bool cold, quarry_error *error)
 {
     int64_t index = p->n_sealed + p->n_pending;
     if (index == p->capacity) {
@@ -110,7 +122,7 @@ static quarry_code push_pending(ivfpq *p, int64_t first, int64_t n, quarry_error
         if (code != QUARRY_OK) return code;
         p->capacity = capacity;
     }
-    ivfpq_segment *s = ivfpq_segment_create(p, n, true, error);
+    ivfpq_segment *s = ivfpq_segment_create(p, n, true, cold, error);
     if (!s) return QUARRY_ERROR_MEMORY;
     s->first = first;
     p->sealed[index] = s;
@@ -334,15 +346,24 @@ static bool find_outliers(builder *b, const ivfpq_part *part, int64_t n)
     int64_t found = 0;
     for (int64_t t = 0; t < n && found < k; t++)
         if (b->values[t] >= sorted[k - 1]) part->outliers[found++] = (uint16_t)t;
-    for (; found < k; found++) part->outliers[found] = (uint16_t)found; /* what is no number is in no order */
+    for (int64_t t = 0; t < n && found < k; t++) /* what is no number is in no order */
+        if (!(b->values[t] >= sorted[k - 1])) part->outliers[found++] = (uint16_t)t;
     return true;
 }
 
-/* Their slots. */
+/* Their slots, in order, and their keys. */
 static void place_outliers(builder *b, const ivfpq_part *part, int64_t n)
 {
-    for (int64_t slot = 0; slot < n; slot++) b->clusters[part->order[slot]] = (int32_t)slot;
-    for (int64_t i = 0; i < ivfpq_outliers(b->p, n); i++) part->outliers[i] = (uint16_t)b->clusters[part->outliers[i]];
+    const size_t half = (size_t)b->p->d / 2;
+    const int64_t n_outliers = ivfpq_outliers(b->p, n);
+    memset(b->clusters, 0, (size_t)n * sizeof *b->clusters);
+    for (int64_t i = 0; i < n_outliers; i++) b->clusters[part->outliers[i]] = 1;
+    for (int64_t slot = 0, i = 0; slot < n; slot++) {
+        if (!b->clusters[part->order[slot]]) continue;
+        part->outliers[i] = (uint16_t)slot;
+        part->outlier_scale[i] = part->key_scale[slot];
+        memcpy(part->outlier_keys + (size_t)i++ * half, part->keys + (size_t)slot * half, half);
+    }
 }
 
 /* Trains and fills the part of segment `index`. Without memory for it the part stays uncoded: all of its tokens are read. */
@@ -418,7 +439,7 @@ static int64_t pending_tokens(const ivfpq *p)
 quarry_code ivfpq_grow_open(ivfpq *p, int64_t n, quarry_error *error)
 {
     if (p->open && p->open->n >= n) return QUARRY_OK;
-    ivfpq_segment *open = ivfpq_segment_create(p, n, false, error);
+    ivfpq_segment *open = ivfpq_segment_create(p, n, false, false, error);
     if (!open) return QUARRY_ERROR_MEMORY;
     ivfpq_segment_release(p->open);
     p->open = open;
@@ -432,7 +453,7 @@ quarry_code ivfpq_reserve(attn_policy *policy, int64_t n, quarry_error *error)
     int64_t first = p->open_first, rest = p->n_open + n, full;
     quarry_code code = QUARRY_OK;
     for (; rest >= (full = ivfpq_full_segment(p, first)) && code == QUARRY_OK; first += full, rest -= full)
-        code = push_pending(p, first, full, error);
+        code = push_pending(p, first, full, false, error);
     if (code == QUARRY_OK) code = ivfpq_grow_open(p, full, error);
     if (code != QUARRY_OK) ivfpq_drop_pending(p);
     return code;
@@ -475,7 +496,7 @@ quarry_code ivfpq_reserve_seal(attn_policy *policy, quarry_error *error)
     int64_t least = p->n_sealed ? p->segment / IVFPQ_LATER_SEAL : ivfpq_min64(IVFPQ_FIRST_SEAL, p->segment);
     if (p->n_open < least) return QUARRY_OK;
     ivfpq_catch_up(p);
-    return push_pending(p, p->open_first, p->n_open, error);
+    return push_pending(p, p->open_first, p->n_open, false, error);
 }
 
 void ivfpq_seal(attn_policy *policy, int layer, int head, const kv_seq *kv, arena *scratch)
@@ -509,9 +530,9 @@ void ivfpq_commit_seal(attn_policy *policy)
 
 /* ---- a saved index ---- */
 
-quarry_code ivfpq_push_loaded(ivfpq *p, int64_t n, quarry_error *error)
+quarry_code ivfpq_push_loaded(ivfpq *p, int64_t n, bool cold, quarry_error *error)
 {
-    const quarry_code code = push_pending(p, p->open_first, n, error);
+    const quarry_code code = push_pending(p, p->open_first, n, cold, error);
     if (code != QUARRY_OK) return code;
     p->n_pending = 0;
     p->n_sealed++;

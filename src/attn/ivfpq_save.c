@@ -1,7 +1,8 @@
-/* Saving an index and loading it: what docs/context-format.md calls "ivfpq 1".
+/* Saving an index and loading it: what docs/context-format.md calls "ivfpq 2".
  *
  * What can be made again from the rows is not kept: the 4-bit keys (an eighth of the rows' size) and what the open segment holds. */
 #include <math.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -10,7 +11,7 @@
 static void describe(const attn_policy *policy, char *text, size_t size)
 {
     const ivfpq_options *o = &((const ivfpq *)policy)->options;
-    snprintf(text, size, "ivfpq 1 size=%g values=%g alpha=%g shrink=%g segment=%g outliers=%g", o->size, o->values, o->alpha, o->shrink,
+    snprintf(text, size, "ivfpq 2 size=%g values=%g alpha=%g shrink=%g segment=%g outliers=%g", o->size, o->values, o->alpha, o->shrink,
              o->segment, o->outliers);
 }
 
@@ -41,12 +42,14 @@ static int fields_of(const ivfpq *p, const ivfpq_segment *s, const ivfpq_part *p
         {part->forward_scale, d, d, 4, true},
         {part->query_scale, d, d, 4, true},
         {part->errors, (size_t)p->n_sub, (size_t)p->n_sub, 4, true},
+        {part->outlier_scale, outliers, outliers, 4, true},
         {part->value_scale, c, k, 4, true},
         {part->begin, c + 1, k + 1, 4, false},
         {part->outliers, outliers, outliers, 2, false},
         {part->forward, d * d, d * d, 1, false},
         {part->query, d * d, d * d, 1, false},
         {part->values, c * d, k * d, 1, false},
+        {part->outlier_keys, outliers * d / 2, outliers * d / 2, 1, false},
         {part->codes, codes, codes, 1, false},
     };
     memcpy(fields, all, sizeof all);
@@ -120,7 +123,7 @@ static bool part_is_sound(const ivfpq *p, const ivfpq_part *part, int64_t n)
         for (uint32_t slot = part->begin[c]; slot < part->begin[c + 1]; slot++) part->cluster[slot] = (uint16_t)c;
     }
     for (int64_t i = 0; i < ivfpq_outliers(p, n); i++)
-        if (part->outliers[i] >= n) return false;
+        if (part->outliers[i] >= n || (i > 0 && part->outliers[i] <= part->outliers[i - 1])) return false;
     return true;
 }
 
@@ -208,10 +211,10 @@ static void save_state(const attn_policy *policy, uint8_t *out)
     if (has_ahead(p)) moments_put(p, p->ahead, p->n_ahead, out);
 }
 
-static quarry_code load_segment(attn_policy *policy, int64_t n, size_t bytes, quarry_error *error)
+static quarry_code load_segment(attn_policy *policy, int64_t n, size_t bytes, bool cold, quarry_error *error)
 {
     ivfpq *p = (ivfpq *)policy;
-    quarry_code code = n <= IVFPQ_LARGEST ? ivfpq_push_loaded(p, n, error) : QUARRY_ERROR_FORMAT;
+    quarry_code code = n <= IVFPQ_LARGEST ? ivfpq_push_loaded(p, n, cold, error) : QUARRY_ERROR_FORMAT;
     return code == QUARRY_OK && part_bytes(p, p->sealed[p->n_sealed - 1]) != bytes ? QUARRY_ERROR_FORMAT : code;
 }
 
@@ -234,6 +237,19 @@ static quarry_code load_state(attn_policy *policy, const uint8_t *bytes, size_t 
     return ivfpq_grow_open(p, full, error);
 }
 
+/* Segments that a fork has too keep their keys, and are searched as before. */
+static void set_cold(attn_policy *policy, int64_t n)
+{
+    ivfpq *p = (ivfpq *)policy;
+    for (int64_t i = 0; i < n; i++) {
+        ivfpq_segment *s = p->sealed[i];
+        if (!s->keys || atomic_load(&s->n_refs) > 1) continue;
+        memory_free(s->keys);
+        s->keys = NULL;
+        s->key_bytes = 0;
+    }
+}
+
 const attn_saving ivfpq_saving = {
     .describe = describe,
     .n_segments = n_segments,
@@ -247,4 +263,6 @@ const attn_saving ivfpq_saving = {
     .load_state = load_state,
     .load_rows = ivfpq_load_rows,
     .load_commit = ivfpq_load_commit,
+    .derived_bytes = ivfpq_derived_bytes,
+    .set_cold = set_cold,
 };

@@ -22,6 +22,10 @@ typedef struct view {
 typedef struct search {
     const ivfpq *p;
     const retrieval_kernels *kernels;
+    const kv_seq *kv; /* the rows; NULL: nobody wants them */
+    kv_cold *cold;    /* of the first n_cold views; NULL: of none */
+    int64_t n_cold;
+    int layer, head, number; /* the part */
     int g, d, n_sub;
     view *views;
     int64_t n_views, n_tokens, n_forced;
@@ -40,8 +44,9 @@ typedef struct search {
 
 /* Slots that are looked at again or read, by their keys' index. */
 typedef struct candidates {
-    int32_t *at;    /* [n] */
-    uint16_t *keys; /* [n], padded with 0 to SCAN_BLOCK */
+    int32_t *at;       /* [n] */
+    uint16_t *keys;    /* [n], padded with 0 to SCAN_BLOCK */
+    const void **rows; /* [n] the rows that were fetched already, or NULL; where nothing is cold NULL */
     int64_t n;
 } candidates;
 
@@ -57,6 +62,10 @@ typedef struct found {
     float *left;      /* [n_clusters]: tokens that are not read; work */
     float *weights;   /* [g][n], work */
     int32_t *cluster; /* [n]: of the selected tokens, -1: none (no code) */
+    /* Where rows are cold, of the first n_cold views: the selected slots [n], by their keys' index, and the rows that were read already. */
+    int64_t n_cold;
+    const int32_t *at;
+    const void **rows;
 } found;
 
 enum { FOUND_BYTES = (sizeof(found) + 63) / 64 * 64 };
@@ -302,18 +311,20 @@ static cut cut_to_refine(const search *s)
     return cut_between(s->kernels, s->keys, s->n_keys, least, most, heavy_key(s));
 }
 
-static bool candidates_make(candidates *c, int64_t n, arena *scratch, quarry_error *error)
+static bool candidates_make(const search *s, candidates *c, int64_t n, arena *scratch, quarry_error *error)
 {
     c->at = arena_alloc(scratch, (size_t)n + SCAN_BLOCK, sizeof *c->at, error);
     c->keys = arena_alloc(scratch, (size_t)cut_padded(n), sizeof *c->keys, error);
-    return c->at && c->keys;
+    c->rows = s->cold ? arena_alloc(scratch, (size_t)n, sizeof *c->rows, error) : NULL;
+    if (c->rows) memset(c->rows, 0, (size_t)n * sizeof *c->rows);
+    return c->at && c->keys && (c->rows || !s->cold);
 }
 
-static bool gather(const search *s, cut from, candidates *c, arena *scratch, quarry_error *error)
+static quarry_code gather(const search *s, cut from, candidates *c, arena *scratch, quarry_error *error)
 {
-    if (!candidates_make(c, from.k, scratch, error)) return false;
+    if (!candidates_make(s, c, from.k, scratch, error)) return QUARRY_ERROR_MEMORY;
     c->n = s->kernels->collect(s->keys, s->n_keys, from.threshold, &from.n_ties, 0, c->at);
-    return true;
+    return QUARRY_OK;
 }
 
 /* The query as dot_i4 takes it. */
@@ -329,15 +340,93 @@ static bool query_make(query_i8 *to, const search *s, arena *scratch, quarry_err
     return to->q != NULL;
 }
 
+/* 4-bit keys [n][d / 2] with their scales. */
+typedef struct fine_keys {
+    const uint8_t *keys;
+    const float *scale;
+    const int32_t *at; /* [n] which */
+} fine_keys;
+
+/* What is kept beside a cold row: its 4-bit key, then the scale. */
+typedef struct cold_key {
+    const ivfpq *p;
+    ivfpq_part part;
+    float *x; /* [d] */
+} cold_key;
+
+static void derive_key(const void *data, const void *row, uint8_t *derived)
+{
+    const cold_key *k = data;
+    const int d = k->p->d;
+    float scale = 0;
+    memset(derived, 0, (size_t)d / 2);
+    if (k->part.status->coded) {
+        kv_read_key(k->p->base.kernels, row, &k->p->base.shape.kv, k->x);
+        for (int i = 0; i < d; i++) k->x[i] -= k->part.centre[i];
+        scale = vq_quantise_i4(k->x, d, derived);
+    }
+    memcpy(derived + d / 2, &scale, sizeof scale);
+}
+
+size_t ivfpq_derived_bytes(const attn_policy *policy)
+{
+    return (size_t)((const ivfpq *)policy)->d / 2 + sizeof(float);
+}
+
+static bool cold_key_make(const search *s, int64_t index, cold_key *k, arena *scratch, quarry_error *error)
+{
+    *k = (cold_key){s->p, s->views[index].part, arena_alloc(scratch, (size_t)s->d, sizeof *k->x, error)};
+    return k->x != NULL;
+}
+
+/* The keys of slots[n] of a cold view: the outliers' are in memory, others' come with their rows. */
+static quarry_code fetch_keys(const search *s, int64_t index, const int32_t *slots, int64_t n, const void **rows, fine_keys *out,
+                              arena *scratch, quarry_error *error)
+{
+    const size_t half = (size_t)s->d / 2, width = half + sizeof(float), count = (size_t)n;
+    const ivfpq_part *part = &s->views[index].part;
+    const int64_t n_outliers = ivfpq_outliers(s->p, s->views[index].n);
+    uint8_t *keys = arena_alloc(scratch, count, half, error), *derived = arena_alloc(scratch, count, width, error);
+    float *scale = arena_alloc(scratch, count, sizeof *scale, error);
+    int32_t *at = arena_alloc(scratch, count, sizeof *at, error), *wanted = arena_alloc(scratch, count, sizeof *wanted, error);
+    int32_t *place = arena_alloc(scratch, count, sizeof *place, error);
+    const void **fetched = arena_alloc(scratch, count, sizeof *fetched, error);
+    cold_key key;
+    if (!keys || !derived || !scale || !at || !wanted || !place || !fetched || !cold_key_make(s, index, &key, scratch, error))
+        return QUARRY_ERROR_MEMORY;
+    int64_t m = 0;
+    for (int64_t i = 0, o = 0; i < n; i++) {
+        at[i] = (int32_t)i;
+        while (o < n_outliers && part->outliers[o] < slots[i]) o++;
+        if (o < n_outliers && part->outliers[o] == slots[i]) {
+            memcpy(keys + (size_t)i * half, part->outlier_keys + (size_t)o * half, half);
+            scale[i] = part->outlier_scale[o];
+        } else {
+            place[m] = (int32_t)i;
+            wanted[m++] = slots[i];
+        }
+    }
+    const kv_derive derive = {derive_key, &key};
+    quarry_code code = kv_cold_find(s->cold, s->number, index, wanted, m, &derive, derived, fetched, scratch, error);
+    for (int64_t i = 0; i < m && code == QUARRY_OK; i++) {
+        const size_t to = (size_t)place[i];
+        memcpy(keys + to * half, derived + (size_t)i * width, half);
+        memcpy(&scale[to], derived + (size_t)i * width + half, sizeof *scale);
+        rows[to] = fetched[i];
+    }
+    *out = (fine_keys){keys, scale, at};
+    return code;
+}
+
 /* Better scores for those of the candidates that have codes, and keys for all. */
-static bool refine(search *s, candidates *c, arena *scratch, attn_cost *cost, quarry_error *error)
+static quarry_code refine(search *s, candidates *c, arena *scratch, attn_cost *cost, quarry_error *error)
 {
     int g = s->g;
     const int64_t stride = cut_padded(c->n);
     query_i8 query;
     uint16_t *scores = arena_alloc(scratch, (size_t)g * (size_t)stride, sizeof *scores, error);
     int32_t *slots = arena_alloc(scratch, (size_t)c->n, sizeof *slots, error);
-    if (!scores || !slots || !query_make(&query, s, scratch, error)) return false;
+    if (!scores || !slots || !query_make(&query, s, scratch, error)) return QUARRY_ERROR_MEMORY;
     memset(scores, 0, (size_t)g * (size_t)stride * sizeof *scores);
     int64_t i = 0;
     for (int64_t j = 0; j < s->n_views; j++) {
@@ -347,8 +436,12 @@ static bool refine(search *s, candidates *c, arena *scratch, attn_cost *cost, qu
         for (; i < c->n && c->at[i] < v->key + v->n_coded; i++) slots[n++] = (int32_t)(c->at[i] - v->key);
         while (i < c->n && c->at[i] < v->key + cut_padded(v->n)) i++; /* those without a code */
         for (int h = 0; h < g; h++) query.bias[h] = (s->centre[j * g + h] - s->base[h]) / s->step;
-        s->kernels->dot_i4(query.q, query.factor, query.bias, g, s->d, v->part.keys, v->part.key_scale, slots, n, scores + first, stride,
-                           s->top);
+        fine_keys fine = {v->part.keys, v->part.key_scale, slots};
+        if (!fine.keys) {
+            const quarry_code code = fetch_keys(s, j, slots, n, c->rows + first, &fine, scratch, error);
+            if (code != QUARRY_OK) return code;
+        }
+        s->kernels->dot_i4(query.q, query.factor, query.bias, g, s->d, fine.keys, fine.scale, fine.at, n, scores + first, stride, s->top);
         for (int h = 0; h < g; h++) {
             uint16_t *to = s->scores + h * s->n_keys + v->key;
             const uint16_t *from = scores + h * stride + first;
@@ -363,25 +456,79 @@ static bool refine(search *s, candidates *c, arena *scratch, attn_cost *cost, qu
         for (; t < c->n && c->at[t] < v->key + cut_padded(v->n); t++) c->keys[t] = FORCED;
     }
     memset(c->keys + c->n, 0, (size_t)(stride - c->n) * sizeof *c->keys);
-    return true;
+    return QUARRY_OK;
 }
 
 /* Keeps the candidates that the cut selects. */
-static bool keep(const search *s, candidates *c, cut to, arena *scratch, quarry_error *error)
+static quarry_code keep(const search *s, candidates *c, cut to, arena *scratch, quarry_error *error)
 {
     int32_t *chosen = arena_alloc(scratch, (size_t)to.k + SCAN_BLOCK, sizeof *chosen, error);
-    if (!chosen) return false;
+    if (!chosen) return QUARRY_ERROR_MEMORY;
     c->n = s->kernels->collect(c->keys, cut_padded(c->n), to.threshold, &to.n_ties, 0, chosen);
     for (int64_t i = 0; i < c->n; i++) c->at[i] = c->at[chosen[i]];
+    for (int64_t i = 0; c->rows && i < c->n; i++) c->rows[i] = c->rows[chosen[i]];
+    return QUARRY_OK;
+}
+
+/* Runs of the selected slots that lie in one view each. */
+typedef struct run {
+    const view *v;
+    int64_t first, n; /* of the selected ones */
+} run;
+
+static bool next_run(const view *views, int64_t n_views, const int32_t *at, int64_t n, run *r)
+{
+    r->v = r->v ? r->v + 1 : views;
+    r->first += r->n;
+    r->n = 0;
+    if (r->v == views + n_views) return false;
+    while (r->first + r->n < n && at[r->first + r->n] < r->v->key + cut_padded(r->v->n)) r->n++;
     return true;
 }
 
-/* Ids of the chosen slots, with what tail needs before them. */
-static bool find(const search *s, const candidates *c, attn_selection *out, arena *scratch, attn_cost *cost, quarry_error *error)
+/* The selected slots of a run. */
+static int32_t *slots_of(const run *r, const int32_t *at, arena *scratch, quarry_error *error)
+{
+    int32_t *slots = arena_alloc(scratch, (size_t)r->n, sizeof *slots, error);
+    for (int64_t i = 0; slots && i < r->n; i++) slots[i] = (int32_t)(at[r->first + i] - r->v->key);
+    return slots;
+}
+
+/* Whoever has the cold rows is told which will be fetched. */
+static void expect_rows(const search *s, const candidates *c, arena *scratch)
+{
+    for (run r = {0}; next_run(s->views, s->n_cold, c->at, c->n, &r);) {
+        const int32_t *slots = slots_of(&r, c->at, scratch, NULL);
+        if (slots) kv_cold_expect(s->cold, s->number, r.v - s->views, slots, r.n, c->rows + r.first, scratch);
+    }
+}
+
+quarry_code ivfpq_fetch(const attn_policy *policy, int layer, int head, const kv_seq *kv, attn_selection *sel, arena *scratch,
+                        quarry_error *error)
+{
+    const found *f = (const found *)((const char *)sel->ids - FOUND_BYTES);
+    const int part = layer * policy->shape.kv.n_head_kv + head;
+    for (run r = {0}; next_run(f->views, f->n_views, f->at, sel->n, &r);) {
+        const int64_t i = r.v - f->views;
+        if (i >= f->n_cold) {
+            for (int64_t k = r.first; k < r.first + r.n; k++) f->rows[k] = kv_row(kv, layer, head, sel->ids[k]);
+            continue;
+        }
+        const int32_t *slots = slots_of(&r, f->at, scratch, error);
+        if (!slots) return QUARRY_ERROR_MEMORY;
+        const quarry_code code = kv_cold_take(kv_cold_of(kv), part, i, slots, r.n, f->rows + r.first, scratch, error);
+        if (code != QUARRY_OK) return code;
+    }
+    sel->rows = f->rows;
+    return QUARRY_OK;
+}
+
+/* Ids of the chosen slots, with what tail and fetch need before them. */
+static quarry_code find(const search *s, const candidates *c, attn_selection *out, arena *scratch, attn_cost *cost, quarry_error *error)
 {
     size_t n = (size_t)c->n, n_clusters = (size_t)s->n_clusters;
     char *memory = arena_alloc(scratch, FOUND_BYTES + n * sizeof(int32_t), 1, error);
-    if (!memory) return false;
+    if (!memory) return QUARRY_ERROR_MEMORY;
     found *f = (found *)memory;
     *f = (found){
         .views = s->views, .n_views = s->n_views, .n_clusters = s->n_clusters, .n_keys = s->n_keys, .scores = s->scores, .step = s->step};
@@ -391,7 +538,7 @@ static bool find(const search *s, const candidates *c, attn_selection *out, aren
     f->left = arena_alloc(scratch, n_clusters, sizeof *f->left, error);
     f->weights = arena_alloc(scratch, n * (size_t)s->g, sizeof *f->weights, error);
     f->cluster = arena_alloc(scratch, n, sizeof *f->cluster, error);
-    if (!f->unread || !f->left || !f->weights || !f->cluster) return false;
+    if (!f->unread || !f->left || !f->weights || !f->cluster) return QUARRY_ERROR_MEMORY;
     *out = (attn_selection){.ids = (int32_t *)(memory + FOUND_BYTES), .n = c->n};
     const view *v = s->views;
     for (int64_t i = 0; i < c->n; i++) {
@@ -407,14 +554,24 @@ static bool find(const search *s, const candidates *c, attn_selection *out, aren
         for (int h = 0; h < s->g; h++) s->scores[h * s->n_keys + c->at[i]] = 0;
     }
     cost->index_bytes += c->n * 2 * (int64_t)sizeof(uint16_t);
-    return true;
+    if (!s->cold) return QUARRY_OK;
+    f->n_cold = s->n_cold;
+    f->at = c->at;
+    f->rows = c->rows;
+    expect_rows(s, c, scratch);
+    return QUARRY_OK;
 }
 
-/* q[g][d] */
-static bool search_make(search *s, const ivfpq *p, int layer, int head, const float *q, int g, arena *scratch, quarry_error *error)
+/* q[g][d]; kv: NULL if rows are not wanted */
+static bool search_make(search *s, const ivfpq *p, int layer, int head, const kv_seq *kv, const float *q, int g, arena *scratch,
+                        quarry_error *error)
 {
-    *s = (search){.p = p, .kernels = p->base.kernels->retrieval, .g = g, .d = p->d, .n_sub = p->n_sub};
-    if (!views_make(s, layer * p->base.shape.kv.n_head_kv + head, scratch, error)) return false;
+    *s = (search){
+        .p = p, .kernels = p->base.kernels->retrieval, .kv = kv, .layer = layer, .head = head, .g = g, .d = p->d, .n_sub = p->n_sub};
+    s->number = layer * p->base.shape.kv.n_head_kv + head;
+    s->cold = kv ? kv_cold_of(kv) : NULL;
+    s->n_cold = s->cold ? kv_cold_in(kv)->n_segments : 0;
+    if (!views_make(s, s->number, scratch, error)) return false;
     s->q = arena_alloc(scratch, (size_t)s->g * (size_t)s->d, sizeof *s->q, error);
     s->scores = arena_alloc(scratch, (size_t)s->g * (size_t)s->n_keys + SCAN_BLOCK, sizeof *s->scores, error);
     s->keys = arena_alloc(scratch, (size_t)s->n_keys, sizeof *s->keys, error);
@@ -427,21 +584,18 @@ static bool search_make(search *s, const ivfpq *p, int layer, int head, const fl
 quarry_code ivfpq_select_block(const attn_policy *policy, int layer, int head, const kv_seq *kv, const float *q, int g,
                                const attention_state *near, arena *scratch, attn_selection *out, attn_cost *cost, quarry_error *error)
 {
-    (void)kv;
     const ivfpq *p = (const ivfpq *)policy;
     search s;
-    if (!search_make(&s, p, layer, head, q, g, scratch, error)) return QUARRY_ERROR_MEMORY;
-    *out = (attn_selection){.all = least_wanted(&s) >= s.n_tokens};
+    if (!search_make(&s, p, layer, head, kv, q, g, scratch, error)) return QUARRY_ERROR_MEMORY;
+    *out = (attn_selection){.all = least_wanted(&s) >= s.n_tokens && !s.cold};
     if (out->all) return QUARRY_OK;
     if (!score_tokens(&s, near, scratch, cost, error)) return QUARRY_ERROR_MEMORY;
     candidates c;
     bool twice = p->options.refine > 0;
-    if (!gather(&s, twice ? cut_to_refine(&s) : cut_to_read(&s, s.keys, s.n_keys), &c, scratch, error)) return QUARRY_ERROR_MEMORY;
-    if (twice) {
-        if (!refine(&s, &c, scratch, cost, error)) return QUARRY_ERROR_MEMORY;
-        if (!keep(&s, &c, cut_to_read(&s, c.keys, cut_padded(c.n)), scratch, error)) return QUARRY_ERROR_MEMORY;
-    }
-    return find(&s, &c, out, scratch, cost, error) ? QUARRY_OK : QUARRY_ERROR_MEMORY;
+    quarry_code code = gather(&s, twice ? cut_to_refine(&s) : cut_to_read(&s, s.keys, s.n_keys), &c, scratch, error);
+    if (code == QUARRY_OK && twice) code = refine(&s, &c, scratch, cost, error);
+    if (code == QUARRY_OK && twice) code = keep(&s, &c, cut_to_read(&s, c.keys, cut_padded(c.n)), scratch, error);
+    return code == QUARRY_OK ? find(&s, &c, out, scratch, cost, error) : code;
 }
 
 quarry_code ivfpq_select(const attn_policy *policy, int layer, int head, const kv_seq *kv, const float *q, int64_t pos,
@@ -467,21 +621,25 @@ quarry_code ivfpq_cover(const attn_policy *policy, int layer, int head, const fl
     search s;
     attn_cost own = {0};
     candidates c;
-    if (!search_make(&s, p, layer, head, q, p->group, scratch, error)) return QUARRY_ERROR_MEMORY;
+    if (!search_make(&s, p, layer, head, NULL, q, p->group, scratch, error)) return QUARRY_ERROR_MEMORY;
     *out = (attn_selection){.all = s.n_forced == s.n_tokens};
     if (out->all) return QUARRY_OK;
     if (!score_tokens(&s, near, scratch, &own, error)) return QUARRY_ERROR_MEMORY;
-    if (p->options.refine > 0)
-        if (!gather(&s, cut_to_refine(&s), &c, scratch, error) || !refine(&s, &c, scratch, &own, error)) return QUARRY_ERROR_MEMORY;
+    if (p->options.refine > 0) {
+        quarry_code code = gather(&s, cut_to_refine(&s), &c, scratch, error);
+        if (code == QUARRY_OK) code = refine(&s, &c, scratch, &own, error);
+        if (code != QUARRY_OK) return code;
+    }
     const int32_t *place = places(&s, scratch, error);
-    if (!place || !candidates_make(&c, n + s.n_forced, scratch, error)) return QUARRY_ERROR_MEMORY;
+    if (!place || !candidates_make(&s, &c, n + s.n_forced, scratch, error)) return QUARRY_ERROR_MEMORY;
     c.n = 0;
     for (const view *v = s.views; v < s.views + s.n_views; v++) {
         for (; n > 0 && *ids < v->first + v->n; ids++, n--)
             if (*ids < v->first + v->n_coded) c.at[c.n++] = place[*ids - ATTN_SINKS];
         for (int64_t t = v->n_coded; t < v->n; t++) c.at[c.n++] = (int32_t)(v->key + t);
     }
-    if (!find(&s, &c, out, scratch, &own, error)) return QUARRY_ERROR_MEMORY;
+    const quarry_code code = find(&s, &c, out, scratch, &own, error);
+    if (code != QUARRY_OK) return code;
     cost->tail_bytes += attn_cost_bytes(&own, 0);
     return QUARRY_OK;
 }

@@ -210,6 +210,35 @@ quarry_code file_map_read(const file_map *map, uint64_t offset, size_t n, void *
     return QUARRY_OK;
 }
 
+void file_map_expect(const file_map *map, uint64_t offset, size_t n)
+{
+    posix_fadvise(map->fd, (off_t)offset, (off_t)n, POSIX_FADV_WILLNEED);
+}
+
+quarry_code file_map_read_many(const file_map *map, file_range *ranges, int64_t n, quarry_error *error)
+{
+    int64_t n_late = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const file_range *r = &ranges[i];
+        const bool beyond = r->offset + r->n > map->size;
+        const ssize_t got = beyond ? 0 : file_call_pread_now(map->fd, r->out, r->n, (off_t)r->offset);
+        if (got == (ssize_t)r->n) continue;
+        if (got < 0 && errno != EAGAIN && errno != EINTR && errno != EOPNOTSUPP && errno != ENOSYS && errno != EINVAL)
+            return error_set(error, QUARRY_ERROR_IO, "%s: cannot read: %s", map->path, strerror(errno));
+        if (!beyond) file_map_expect(map, r->offset, r->n);
+        ranges[n_late++] = *r;
+    }
+    quarry_code code = QUARRY_OK;
+    for (int64_t i = 0; i < n_late && code == QUARRY_OK; i++)
+        code = file_map_read(map, ranges[i].offset, ranges[i].n, ranges[i].out, error);
+    return code;
+}
+
+void file_map_scatter(const file_map *map)
+{
+    posix_fadvise(map->fd, 0, 0, POSIX_FADV_RANDOM);
+}
+
 void file_map_release(const file_map *map, uint64_t offset, size_t n)
 {
     if (!map->data || offset >= map->size) return;

@@ -23,6 +23,18 @@ const uint8_t *file_map_data(const file_map *map);
 quarry_code file_map_check(const file_map *map, quarry_error *error);
 /* Copies [offset, offset + n) to out by pread (both modes). Error IO on a short file. */
 quarry_code file_map_read(const file_map *map, uint64_t offset, size_t n, void *out, quarry_error *error);
+/* Bytes [offset, offset + n) to out. */
+typedef struct file_range {
+    uint64_t offset;
+    size_t n;
+    void *out;
+} file_range;
+/* The same for all of ranges[n]: the disk is asked for every one that is not in memory before the first is waited for. Moves those it waits for to the front. */
+quarry_code file_map_read_many(const file_map *map, file_range *ranges, int64_t n, quarry_error *error);
+/* The system may begin to bring [offset, offset + n) to memory. */
+void file_map_expect(const file_map *map, uint64_t offset, size_t n);
+/* The file will be read here and there: more than was asked for need not be brought to memory. */
+void file_map_scatter(const file_map *map);
 /* Gives the pages of [offset, offset + n) back to the system; they come back from the file when touched. */
 void file_map_release(const file_map *map, uint64_t offset, size_t n);
 

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <signal.h>
 #include <stdio.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include "base/file.h"
@@ -49,6 +50,19 @@ ssize_t file_call_pread(int fd, void *out, size_t n, off_t offset)
 {
     const ssize_t most = allowed(FILE_CALL_READ, n);
     return most < 0 ? -1 : pread(fd, out, (size_t)most, offset);
+}
+
+ssize_t file_call_pread_now(int fd, void *out, size_t n, off_t offset)
+{
+    const ssize_t most = allowed(FILE_CALL_READ, n);
+    const struct iovec to = {out, (size_t)most};
+#ifdef RWF_NOWAIT
+    return most < 0 ? -1 : preadv2(fd, &to, 1, offset, RWF_NOWAIT);
+#else
+    (void)fd, (void)to, (void)offset;
+    if (most >= 0) errno = EOPNOTSUPP;
+    return -1;
+#endif
 }
 
 ssize_t file_call_pwrite(int fd, const void *bytes, size_t n, off_t offset)

@@ -8,6 +8,8 @@
 int file_call_open(const char *path, int flags, mode_t mode);
 ssize_t file_call_read(int fd, void *out, size_t n);
 ssize_t file_call_pread(int fd, void *out, size_t n, off_t offset);
+/* What is in memory already: EAGAIN if that is not all; EOPNOTSUPP where the system cannot tell. */
+ssize_t file_call_pread_now(int fd, void *out, size_t n, off_t offset);
 ssize_t file_call_pwrite(int fd, const void *bytes, size_t n, off_t offset);
 int file_call_sync(int fd);
 int file_call_rename(const char *from, const char *to);

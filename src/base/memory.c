@@ -66,6 +66,27 @@ void *memory_aligned(size_t n, size_t size, const char *what, quarry_error *erro
     return p;
 }
 
+void *memory_sparse(size_t n, size_t size, const char *what, quarry_error *error)
+{
+    enum { SYSTEM_PAGE = 4096 };
+    size_t bytes;
+    if (!size_multiply(n, size, &bytes) || bytes > SIZE_MAX - HUGE_PAGE) {
+        error_memory(error, what, SIZE_MAX);
+        return NULL;
+    }
+    const bool large = bytes >= (size_t)HUGE_PAGE;
+    void *p = NULL;
+    if (fails() || posix_memalign(&p, large ? SYSTEM_PAGE : 64, bytes ? bytes : 64) != 0) {
+        error_memory(error, what, bytes);
+        return NULL;
+    }
+    if (large) {
+        madvise(p, bytes / SYSTEM_PAGE * SYSTEM_PAGE, MADV_NOHUGEPAGE);
+        madvise(p, bytes / SYSTEM_PAGE * SYSTEM_PAGE, MADV_DONTNEED); /* it may have been used, and freed, before */
+    }
+    return p;
+}
+
 quarry_code memory_grow(void *pointer_to_pointer, size_t n, size_t size, const char *what, quarry_error *error)
 {
     void *old, *grown;

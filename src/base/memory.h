@@ -14,6 +14,8 @@ void *memory_alloc(size_t n, size_t size, const char *what, quarry_error *error)
 void *memory_zero(size_t n, size_t size, const char *what, quarry_error *error);
 /* Aligned to 64 bytes, for vectors and pages; free with memory_free. Large blocks ask for huge pages. */
 void *memory_aligned(size_t n, size_t size, const char *what, quarry_error *error);
+/* The same for what is used here and there only: no huge pages, so that what is not touched takes no memory. */
+void *memory_sparse(size_t n, size_t size, const char *what, quarry_error *error);
 size_t memory_aligned_bytes(size_t bytes); /* what memory_aligned takes for so many */
 /* Grows *pointer (NULL allowed) to n * size bytes; on failure *pointer is unchanged. */
 quarry_code memory_grow(void *pointer_to_pointer, size_t n, size_t size, const char *what, quarry_error *error);

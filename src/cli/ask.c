@@ -24,6 +24,7 @@ static const cli_option ask_table[] = {{"--doc", "FILE", CLI_LIST, offsetof(ask_
                                         "write a page with the answer and the documents, those passages marked", 0, 0},
                                        {"--no-store", NULL, CLI_SWITCH, offsetof(ask_settings, store.off), NULL,
                                         "read the documents anew: take nothing from the store, and keep nothing", 0, 0},
+                                       CLI_KV_RAM(offsetof(ask_settings, answer.session)),
                                        {0}};
 
 static const cli_group ask_groups[] = {
@@ -48,6 +49,9 @@ static int ask_run(const void *settings, const cli_list *arguments)
     const char *question = arguments->items[0];
     if (cli_is_blank(question, strlen(question))) return cli_fail("the question is empty");
 
+    if (s->answer.session.kv_ram && s->store.off)
+        return cli_fail_usage(&command_ask, "--kv-ram keeps keys and values in the store: not with --no-store");
+
     const bool cite = s->cite || s->cite_html;
     if (cite && s->documents.n == 0) return cli_fail_usage(&command_ask, "nothing to cite: name a document with --doc FILE");
     int code = cli_documents_read(&documents, &s->documents, &command_ask);
@@ -68,6 +72,8 @@ static int ask_run(const void *settings, const cli_list *arguments)
     if (!code) code = answer_read(session, &s->answer, &input, &stored);
     const cite_request request = {documents, s->documents.n, question, s->cite > 0 ? s->cite : USUAL_CITATIONS, s->cite != 0, s->cite_html};
     if (!code) code = answer_run(model, session, &s->answer, &sampling.params, store ? &stored : NULL, cite ? &request : NULL);
+    if (code && store && session && quarry_store_remove_damaged(store, session))
+        fprintf(stderr, "quarry: the damaged file is removed from the store: ask again, and its text is read anew\n");
 done:
     quarry_session_close(session);
     quarry_store_close(store);

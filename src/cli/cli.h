@@ -42,6 +42,7 @@ typedef enum cli_kind {
     CLI_INT,    /* int64_t */
     CLI_COUNT,  /* int64_t, the value only after "=", its argument is "[=N]"; the flag alone gives -1 */
     CLI_NUMBER, /* double */
+    CLI_BYTES,  /* int64_t, "512M": K, M, G and T are powers of 1,024 */
     CLI_TEXT,   /* const char *, belongs to argv; NULL when not given and no default */
     CLI_MAYBE,  /* the same, "" when no word follows that is not a flag; its argument is "[NAME]" */
     CLI_LIST,   /* cli_list, the flag may be repeated */
@@ -101,8 +102,18 @@ typedef struct cli_model_options {
 typedef struct cli_session_options {
     const char *attn;
     int64_t n_ctx, n_batch, read_window;
+    int64_t kv_ram; /* of commands that read through the store: CLI_KV_RAM */
     bool extend, kv_f32;
 } cli_session_options;
+
+/* The option of a table whose struct has the cli_session_options at `offset`. */
+#define CLI_KV_RAM(offset)                                                                                                                 \
+    {                                                                                                                                      \
+        "--kv-ram", "SIZE", CLI_BYTES, (offset) + offsetof(cli_session_options, kv_ram), "0",                                              \
+            "memory that keys and values may take, as 512M or 2G: the others stay in the store's files, from which attention reads what "  \
+            "it selects; 0: no bound",                                                                                                     \
+            0, 1e15                                                                                                                        \
+    }
 
 typedef struct cli_store_options {
     const char *folder;

@@ -118,6 +118,7 @@ quarry_session_params cli_session_params(const cli_session_options *options)
                                    .n_batch = (int)options->n_batch,
                                    .read_window = options->read_window,
                                    .extend = options->extend,
+                                   .kv_ram = (size_t)options->kv_ram,
                                    .kv_f32 = options->kv_f32};
 }
 

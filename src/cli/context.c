@@ -285,6 +285,7 @@ static const cli_option create_table[] = {{"--doc", "FILE", CLI_LIST, offsetof(c
                                           {"-sys, --system-prompt", "TEXT", CLI_TEXT, offsetof(create_settings, system), NULL,
                                            "instructions for the model, ahead of the documents; the same must be given with the question",
                                            0, 0},
+                                          CLI_KV_RAM(offsetof(create_settings, session)),
                                           {0}};
 
 static int create_run(const void *settings, const cli_list *arguments)

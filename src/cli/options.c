@@ -1,3 +1,4 @@
+#include <ctype.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <math.h>
@@ -145,6 +146,16 @@ static int store_value(const cli_command *command, const cli_option *o, void *fi
         if (end == value || *end || !isfinite(number)) return cli_fail_usage(command, "%s: '%s' is not a number", flag, value);
         *(double *)field = number;
         break;
+    case CLI_BYTES: {
+        static const char units[] = "KMGT";
+        number = strtod(value, &end);
+        const char *unit = end > value && *end ? strchr(units, toupper((unsigned char)*end)) : NULL;
+        for (const char *u = units; unit && u <= unit; u++) number *= 1024;
+        if (end == value || !isfinite(number) || (*end && (!unit || end[1] || !*unit)))
+            return cli_fail_usage(command, "%s: '%s' is not a size, as 512M or 2G", flag, value);
+        if (number >= o->min && number <= o->max) *(int64_t *)field = (int64_t)number;
+        break;
+    }
     }
     bool ranged = o->min != 0 || o->max != 0;
     if (ranged && (number < o->min || number > o->max))

@@ -28,6 +28,7 @@ static quarry_code run(quarry_session *const *sessions, const forward_row *rows,
     quarry_code code = model_forward(model, scratch, rows, n, cost, NULL, NULL, error);
     for (int i = 0; i < n && code == QUARRY_OK; i++)
         code = attn_index_advance(sessions[i]->policies[0], sessions[i]->kv, model_pool(model), forward_scratch_threads(scratch), error);
+    for (int i = 0; i < n && code == QUARRY_OK; i++) code = session_fit_grown(sessions[i], error);
     model_unlock(model);
     return code;
 }

@@ -76,6 +76,7 @@ static quarry_code session_estimate(quarry_model *model, const quarry_session_pa
     if (code == QUARRY_OK) code = forward_scratch_estimate(model, &shape, params->n_batch, &pass, error);
     if (code == QUARRY_OK && !kv_bytes_for(&shape.kv, n_tokens, params->n_batch, &need->bytes[MEMORY_KV]))
         code = error_set(error, QUARRY_ERROR_ARGUMENT, "a context of %lld tokens is out of reach", (long long)n_tokens);
+    if (params->kv_ram && need->bytes[MEMORY_KV] > params->kv_ram) need->bytes[MEMORY_KV] = params->kv_ram;
     need->bytes[MEMORY_SCRATCH] += pass + (size_t)model_shape_of(model)->n_vocab * sizeof(float) + (size_t)n_tokens * sizeof(int32_t);
     return code;
 }
@@ -178,6 +179,9 @@ static void advise(const quarry_session *s, const verdict *v, char *text, size_t
     if (s->params.kv_f32) n += (size_t)snprintf(text + n, size - n, "leave out --kv-f32, ");
     if (v->all - v->index <= v->left)
         n += (size_t)snprintf(text + n, size - n, "take --attn full, which has no index (%.0f MiB), ", mib(v->all - v->index));
+    if (!s->params.kv_ram && session_can_save(s) && v->all - (double)v->need.bytes[MEMORY_KV] < v->left)
+        n += (size_t)snprintf(text + n, size - n, "keep keys and values on disk but for --kv-ram %.0fM, ",
+                              mib(v->left - v->all + (double)v->need.bytes[MEMORY_KV]) / 2);
     if (n_threads > 1 && v->all - v->left < (double)v->need.bytes[MEMORY_SCRATCH] / 2)
         n += (size_t)snprintf(text + n, size - n, "use fewer threads than %d (-t), ", n_threads);
     if (fitting > 0) n += (size_t)snprintf(text + n, size - n, "give a text of at most %lld tokens, ", (long long)fitting);

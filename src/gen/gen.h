@@ -66,8 +66,10 @@ bool session_can_save(const quarry_session *session);
 /* Appends that piece to `file`; once it is committed, session_saved makes it the one that the next continues. */
 quarry_code session_save(quarry_session *session, file_writer *file, const char *about, store_key *key, quarry_error *error);
 void session_saved(quarry_session *session, const store_key *key);
-/* Brings an empty session to the end of a chain pieces[n]. Errors: ARGUMENT: of another model, cache or index; FORMAT: *damaged is the piece that is; CONTEXT. On error nothing has changed. */
-quarry_code session_load(quarry_session *session, piece_file *const *pieces, int n, store_key *damaged, quarry_error *error);
+/* What the session holds is in the piece at path, which was just saved, and can be taken from there. */
+quarry_code session_set_cold(quarry_session *session, const char *path, quarry_error *error);
+/* Brings an empty session to the end of a chain pieces[n]; cold: its rows stay in the files until they are asked for, if the session can save. Errors: ARGUMENT: of another model, cache or index; FORMAT: *damaged is the piece that is; CONTEXT. On error nothing has changed. */
+quarry_code session_load(quarry_session *session, piece_file *const *pieces, int n, bool cold, store_key *damaged, quarry_error *error);
 
 /* The catalogue of an open store, for who lists and removes. */
 catalogue *store_catalogue(const quarry_store *store);

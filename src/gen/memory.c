@@ -20,6 +20,7 @@ void session_memory_held(const quarry_session *s, session_memory *memory)
     memory_tally kv = {0}, scratch = {0};
     kv_tally(s->kv, &kv);
     for (int i = 0; i < s->n_policies; i++) s->policies[i]->type->tally(s->policies[i], &attention);
+    if (kv_cold_of(s->kv)) kv_cold_tally(kv_cold_of(s->kv), NULL, &attention.index);
     forward_scratch_tally(s->scratch, &scratch);
     memory_tally_add(&scratch, s->logits, (size_t)model_shape_of(s->model)->n_vocab * sizeof *s->logits);
     memory_tally_add(&scratch, s->tokens.ids, (size_t)s->tokens.capacity * sizeof *s->tokens.ids);

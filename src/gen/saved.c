@@ -67,6 +67,17 @@ void session_saved(quarry_session *s, const store_key *key)
     s->saved = (saved_part){*key, s->tokens.n, s->policies[0]->type->saving->n_segments(s->policies[0])};
 }
 
+quarry_code session_set_cold(quarry_session *s, const char *path, quarry_error *error)
+{
+    piece_file *piece = piece_open(path, error);
+    if (!piece) return error ? error->code : QUARRY_ERROR_IO;
+    model_lock(s->model);
+    quarry_code code = piece_set_cold(piece, s->kv, s->policies[0], forward_scratch_threads(s->scratch), error);
+    model_unlock(s->model);
+    piece_close(piece);
+    return code;
+}
+
 /* ---- loading ---- */
 
 static quarry_code check_pieces(const quarry_session *s, piece_file *const *pieces, int n, quarry_error *error)
@@ -101,7 +112,7 @@ static quarry_code take_tokens(quarry_session *s, piece_file *const *pieces, int
     return QUARRY_OK;
 }
 
-quarry_code session_load(quarry_session *s, piece_file *const *pieces, int n, store_key *damaged, quarry_error *error)
+quarry_code session_load(quarry_session *s, piece_file *const *pieces, int n, bool cold, store_key *damaged, quarry_error *error)
 {
     quarry_code code = check_pieces(s, pieces, n, error);
     if (code != QUARRY_OK) return code;
@@ -114,20 +125,25 @@ quarry_code session_load(quarry_session *s, piece_file *const *pieces, int n, st
     }
     arena *scratch = forward_scratch_threads(s->scratch);
     model_lock(s->model);
-    code = pieces_load(pieces, n, kv, policy, model_pool(s->model), scratch, damaged, error);
+    code = pieces_load(pieces, n, cold && session_can_save(s), kv, policy, model_pool(s->model), scratch, damaged, error);
     if (code == QUARRY_OK && !policy->type->saving) code = attn_index_seal(policy, kv, model_pool(s->model), scratch, error);
     model_unlock(s->model);
     if (code == QUARRY_OK) code = take_tokens(s, pieces, n, error);
-    if (code != QUARRY_OK) {
-        s->tokens.n = 0;
-        kv_destroy(kv);
-        attn_policy_destroy(policy);
-        return code;
-    }
-    kv_destroy(s->kv);
-    attn_policy_destroy(s->policies[0]);
+    kv_seq *old_kv = s->kv;
+    attn_policy *old_policy = s->policies[0];
     s->kv = kv;
     s->policies[0] = policy;
-    if (policy->type->saving) session_saved(s, piece_key_in(pieces[n - 1]));
-    return QUARRY_OK;
+    if (code == QUARRY_OK) code = session_fit_kv(s, 0, error);
+    if (code != QUARRY_OK) {
+        s->tokens.n = 0;
+        s->kv = old_kv;
+        s->policies[0] = old_policy;
+        old_kv = kv;
+        old_policy = policy;
+    } else if (policy->type->saving) {
+        session_saved(s, piece_key_in(pieces[n - 1]));
+    }
+    kv_destroy(old_kv);
+    attn_policy_destroy(old_policy);
+    return code;
 }

@@ -93,6 +93,12 @@ quarry_session *session_open_policies(quarry_model *model, const quarry_session_
         return NULL;
     }
     link_policies(s);
+    if (p.kv_ram && !session_can_save(s)) {
+        error_set(error, QUARRY_ERROR_UNSUPPORTED, "%s keeps all keys and values in memory: no bound on it (--kv-ram)",
+                  n_policies > 1 ? "a session of several policies" : s->policies[0]->type->name);
+        quarry_session_close(s);
+        return NULL;
+    }
     return s;
 }
 
@@ -201,6 +207,60 @@ void session_forget_from(quarry_session *s, int64_t n)
     s->has_logits = false;
 }
 
+/* Bytes of one token's rows, of all layers that keep them. */
+static size_t token_bytes(const quarry_session *s)
+{
+    const kv_shape *shape = kv_shape_of(s->kv);
+    return kv_row_bytes(shape->type, shape->head_dim) * (size_t)shape->n_layer * (size_t)shape->n_head_kv;
+}
+
+/* Bytes of rows that are in memory and not in the cache of cold ones. */
+static size_t hot_bytes(const quarry_session *s)
+{
+    const kv_cold *cold = kv_cold_of(s->kv);
+    return kv_bytes(s->kv) - (cold ? kv_cold_row_bytes(cold) : 0);
+}
+
+static quarry_code too_little(const quarry_session *s, size_t needed, quarry_error *error)
+{
+    return error_set(error, QUARRY_ERROR_MEMORY,
+                     "keys and values do not fit in the %.0f MB that they may take: %.0f MB are needed now; raise --kv-ram",
+                     (double)s->params.kv_ram / 1e6, (double)needed / 1e6 + 1);
+}
+
+quarry_code session_fit_kv(quarry_session *s, int64_t coming, quarry_error *error)
+{
+    /* Tokens until this is asked again; cold rows of a part; times kv_ram that the index may take for keys of cold rows. */
+    enum { AHEAD = 64, LEAST_CACHE = 64, KEYS = 4 };
+    kv_cold *cold = kv_cold_of(s->kv);
+    const size_t limit = s->params.kv_ram,
+                 needed = hot_bytes(s) + (size_t)coming * token_bytes(s) + kv_local_coming(s->kv, coming, s->params.n_batch);
+    if (limit == 0) return cold && kv_cold_row_bytes(cold) == 0 ? kv_cold_set_cache(cold, SIZE_MAX, SIZE_MAX, error) : QUARRY_OK;
+    if (needed > limit) return too_little(s, needed, error);
+    if (!cold) return QUARRY_OK;
+    if (needed + LEAST_CACHE * token_bytes(s) > limit) return too_little(s, needed + LEAST_CACHE * token_bytes(s), error);
+    const size_t rest = limit - needed, ahead = AHEAD * token_bytes(s);
+    return kv_cold_set_cache(cold, rest > 2 * ahead ? rest - ahead : rest / 2, KEYS * limit, error);
+}
+
+quarry_code session_fit_grown(quarry_session *s, quarry_error *error)
+{
+    return s->params.kv_ram && kv_bytes(s->kv) > s->params.kv_ram ? session_fit_kv(s, 0, error) : QUARRY_OK;
+}
+
+quarry_code session_stretch(const quarry_session *s, int64_t *n, quarry_error *error)
+{
+    if (s->params.kv_ram == 0) {
+        *n = INT64_MAX;
+        return QUARRY_OK;
+    }
+    const size_t most = s->params.kv_ram / 4 * 3, hot = hot_bytes(s) + kv_local_coming(s->kv, INT32_MAX, s->params.n_batch),
+                 least = (size_t)s->params.n_batch * token_bytes(s); /* a quarter is the cache's */
+    if (hot + least > most) return too_little(s, (hot + least) / 3 * 4, error);
+    *n = (int64_t)((most - hot) / token_bytes(s)) / s->params.n_batch * s->params.n_batch; /* blocks of a text are cut where batches are */
+    return QUARRY_OK;
+}
+
 /* Forward of up to n_batch tokens, then the index follows. On error the session is as before. */
 static quarry_code run_chunk(quarry_session *s, const int32_t *tokens, int64_t n, bool last, step *st, quarry_error *error)
 {
@@ -231,6 +291,7 @@ static quarry_code run_chunk(quarry_session *s, const int32_t *tokens, int64_t n
     code = model_forward(s->model, s->scratch, rows, n, cost, cancelled, st, error);
     if (code == QUARRY_OK)
         code = (st->dense ? attn_index_trail : attn_index_advance)(s->policies[0], s->kv, model_pool(s->model), threads, error);
+    if (code == QUARRY_OK) code = session_fit_grown(s, error);
     model_unlock(s->model);
     for (int64_t i = 0; i < n; i++) attn_cost_add(&st->cost, &cost[i]);
 done:
@@ -353,6 +414,12 @@ int quarry_session_truncate(quarry_session *s, int64_t n, quarry_error *error)
         return error_set(error, QUARRY_ERROR_ARGUMENT, "cannot truncate to %lld tokens: the session holds %lld", (long long)n,
                          (long long)s->tokens.n);
     if (n == s->tokens.n) return QUARRY_OK;
+    if (n > 0 && n < kv_cold_in(s->kv)->length)
+        return error_set(
+            error, QUARRY_ERROR_ARGUMENT,
+            "cannot truncate to %lld tokens: the first %lld are a stored context, whose keys and values are on disk; to %lld or "
+            "more, or to 0",
+            (long long)n, (long long)kv_cold_in(s->kv)->length, (long long)kv_least(s->kv));
     if (n > 0 && n < kv_least(s->kv))
         return error_set(error, QUARRY_ERROR_ARGUMENT,
                          "cannot truncate to %lld tokens: layers with a sliding window of %d have forgotten what precedes them; to %lld or "
@@ -382,4 +449,5 @@ void quarry_session_get_stats(const quarry_session *s, quarry_stats *stats)
     stats->scratch_bytes = scratch.held;
     stats->index_bytes = 0;
     for (int i = 0; i < s->n_policies; i++) stats->index_bytes += attn_policy_bytes(s->policies[i]);
+    if (kv_cold_of(s->kv)) stats->index_bytes += kv_cold_derived_bytes(kv_cold_of(s->kv));
 }

@@ -46,6 +46,12 @@ quarry_code session_feed_generated(quarry_session *s, int32_t token, const quarr
 int64_t session_room(const quarry_session *s);
 /* Error CONTEXT if n tokens more do not. */
 quarry_code session_check_room(const quarry_session *s, int64_t n, quarry_error *error);
+/* Divides params.kv_ram: what must be in memory, `coming` tokens more, and the rest for the cache of cold rows. Error MEMORY if it is too little. Without a bound cold rows may all be cached. */
+quarry_code session_fit_kv(quarry_session *s, int64_t coming, quarry_error *error);
+/* The same after tokens came, if they made it too much. The model is locked, for forks of other threads have the same cache. */
+quarry_code session_fit_grown(quarry_session *s, quarry_error *error);
+/* Tokens that may be read now before they must be saved and become cold, so that params.kv_ram suffices. Error MEMORY if it does not for anything. */
+quarry_code session_stretch(const quarry_session *s, int64_t *n, quarry_error *error);
 /* Forgets the tokens from n on, in cache and index. The last ones that remain are the local window again. */
 void session_forget_from(quarry_session *s, int64_t n);
 /* ---- cite.c: what the tokens held when citing began received of later ones ---- */

@@ -151,7 +151,7 @@ static void pieces_close(piece_file **pieces, int64_t n)
 }
 
 /* Loads a chain whose tokens begin tokens[n]. *damaged receives the piece that is. */
-static quarry_code take_chain(quarry_session *s, const quarry_store *store, const catalogue_chain *chain, const int32_t *tokens,
+static quarry_code take_chain(quarry_session *s, const quarry_store *store, const catalogue_chain *chain, const int32_t *tokens, int64_t n,
                               store_key *damaged, quarry_error *error)
 {
     piece_file **pieces = memory_zero((size_t)chain->n, sizeof *pieces, "saved context", error);
@@ -169,7 +169,8 @@ static quarry_code take_chain(quarry_session *s, const quarry_store *store, cons
         if (code == QUARRY_ERROR_FORMAT) *damaged = chain->pieces[i].key;
         memory_free(path);
     }
-    if (code == QUARRY_OK) code = session_load(s, pieces, (int)chain->n, damaged, error);
+    /* What reads on needs all rows: from memory, unless they are not to be there. */
+    if (code == QUARRY_OK) code = session_load(s, pieces, (int)chain->n, chain->n_tokens == n || s->params.kv_ram, damaged, error);
     pieces_close(pieces, chain->n);
     return code;
 }
@@ -188,7 +189,7 @@ static quarry_code take(quarry_session *s, quarry_store *store, const int32_t *t
         code = catalogue_find(store->catalogue, subject.fingerprint, params, tokens, n, &chain, error);
         if (code != QUARRY_OK || chain.n == 0) return code;
         quarry_error wrong = {0};
-        code = take_chain(s, store, &chain, tokens, &damaged, &wrong);
+        code = take_chain(s, store, &chain, tokens, n, &damaged, &wrong);
         if (code == QUARRY_OK) {
             info->n_taken = chain.n_tokens;
             for (int64_t i = 0; i < chain.n; i++) info->taken_bytes += (uint64_t)chain.pieces[i].n_bytes;
@@ -203,6 +204,13 @@ static quarry_code take(quarry_session *s, quarry_store *store, const int32_t *t
         snprintf(info->note, sizeof info->note, "%.400s; it is removed, and its text read again", wrong.message);
         if ((code = catalogue_discard(store->catalogue, &damaged, NULL, error)) != QUARRY_OK) return code;
     }
+}
+
+bool quarry_store_remove_damaged(quarry_store *store, const quarry_session *s)
+{
+    const kv_cold *cold = kv_cold_of(s->kv);
+    const piece_file *piece = cold ? tier_damaged(tier_of(cold)) : NULL;
+    return piece && catalogue_discard(store->catalogue, piece_key_in(piece), NULL, NULL) == QUARRY_OK;
 }
 
 /* ---- why not ---- */
@@ -311,6 +319,7 @@ static quarry_code keep(quarry_session *s, quarry_store *store, const char *name
     if (code != QUARRY_OK) goto done;
     session_saved(s, &key);
     info->kept_bytes += (uint64_t)entry.n_bytes;
+    if (s->params.kv_ram) code = session_set_cold(s, path, error);
 done:
     file_write_close(file);
     memory_free(path);
@@ -333,17 +342,26 @@ static bool stretch_progress(int64_t done, int64_t total, void *data)
     return s->watch->progress(s->done + done, s->total, s->watch->data);
 }
 
-/* Where the stretch that begins at `at` ends: at the end of a document, or where a long one is cut. */
-static int64_t stretch_end(int64_t at, int64_t n, const int64_t *ends, int n_ends, bool *is_end)
+static bool is_one_of(int64_t end, const int64_t *ends, int n_ends)
 {
-    int64_t end = n;
-    for (int i = n_ends - 1; i >= 0; i--)
-        if (ends[i] > at && ends[i] < end) end = ends[i];
-    *is_end = true;
-    if (end - at > CHECKPOINT) {
-        end = (at / CHECKPOINT + 1) * CHECKPOINT;
-        *is_end = false;
+    for (int i = 0; i < n_ends; i++)
+        if (ends[i] == end) return true;
+    return false;
+}
+
+/* Where the stretch that begins at `at` ends: at the end of its document, where a long one is cut, after `most` tokens at the latest. A document is cut at the same places
+ * whatever most is, for its blocks begin anew there. */
+static int64_t stretch_end(int64_t at, int64_t n, int64_t most, const int64_t *ends, int n_ends, bool *is_end)
+{
+    const int64_t checkpoint = (at / CHECKPOINT + 1) * CHECKPOINT;
+    int64_t first = 0, last = n;
+    for (int i = 0; i < n_ends; i++) {
+        if (ends[i] <= at && ends[i] > first) first = ends[i];
+        if (ends[i] > at && ends[i] < last) last = ends[i];
     }
+    int64_t end = last - first > CHECKPOINT && checkpoint < last ? checkpoint : last;
+    if (end - at > most) end = at + most;
+    *is_end = end == last;
     return end;
 }
 
@@ -369,21 +387,29 @@ int quarry_session_read_stored(quarry_session *s, quarry_store *store, const int
     info->take_seconds = session_now() - start;
     stretch part = {watch, 0, n - info->n_taken};
     const quarry_watch inner = {stretch_progress, &part};
+    bool cut = info->n_taken > 0 &&
+               !is_one_of(info->n_taken, ends, n_ends); /* a text, before the stretch at hand: its end is kept, however short */
     while (s->tokens.n < n && code == QUARRY_OK) {
-        bool is_end;
-        const int64_t at = s->tokens.n, end = stretch_end(at, n, ends, n_ends, &is_end);
+        bool is_end, is_rest = cut;
+        int64_t most;
+        if ((code = session_stretch(s, &most, error)) != QUARRY_OK) break;
+        const int64_t at = s->tokens.n, end = stretch_end(at, n, most, ends, n_ends, &is_end);
+        if ((code = session_fit_kv(s, end - at, error)) != QUARRY_OK) break;
         part.done = at - info->n_taken;
         code = session_read(s, tokens + at, end - at, is_end, watch && watch->progress ? &inner : NULL, error);
-        if (code != QUARRY_OK || !keeping || s->tokens.n - s->saved.n_tokens < LEAST) continue;
+        cut = !is_end;
+        if (code != QUARRY_OK || !keeping || (s->tokens.n - s->saved.n_tokens < LEAST && !is_rest)) continue;
         start = session_now();
         const int64_t before = s->saved.n_tokens;
         if (keep(s, store, end == n ? names : NULL, info, &wrong) != QUARRY_OK) {
             snprintf(info->note, sizeof info->note, "%s", wrong.message);
             keeping = false;
+            if (s->params.kv_ram) code = error_set(error, wrong.code, "%s; with --kv-ram keys and values must be kept", wrong.message);
         }
         info->n_kept += s->saved.n_tokens - before;
         info->keep_seconds += session_now() - start;
     }
+    if (code == QUARRY_OK) code = session_fit_kv(s, 0, error);
     if (code == QUARRY_OK && store && s->saved.n_tokens == n) {
         quarry_model_info model;
         quarry_model_get_info(s->model, &model);

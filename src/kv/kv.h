@@ -5,11 +5,14 @@
  *     page: [layer 0: [head 0: KV_PAGE rows][head 1: KV_PAGE rows] …][layer 1: …] …      row: [K d][V d] (math/attention.h)
  *
  * Layers that see a sliding window only have pages of their own, which are freed when no later token sees them.
- * Pages are reference-counted: a fork shares them, and a page that is shared is copied before it is written. */
+ * Pages are reference-counted: a fork shares them, and a page that is shared is copied before it is written.
+ *
+ * Tokens behind the first page may be cold: their rows, of the layers that keep every token, lie in files, are known by the slots of an index instead of positions, and are fetched (kv/cold.h). */
 #ifndef KV_KV_H
 #define KV_KV_H
 
 #include "base/base.h"
+#include "kv/cold.h"
 #include "math/math.h"
 
 enum {
@@ -42,6 +45,16 @@ static inline int64_t kv_local_kept(const kv_shape *shape, int64_t n)
 /* An empty sequence becomes n tokens long, for rows that come from elsewhere: all of them, of local layers those from kv_local_kept on, are the caller's to write (kv_row)
  * before they are read. */
 quarry_code kv_restore(kv_seq *kv, int64_t n, quarry_error *error);
+/* Tokens of which the rows are cold, as kv_set_cold takes them. */
+typedef struct kv_cold_span {
+    int64_t from, end;  /* positions: behind the sinks, which stay in memory, up to `end` */
+    int64_t n_segments; /* the first ones of the cold rows */
+    int64_t length;     /* of the sequence, now or when it will be restored: it cannot be made shorter any more, but for nothing */
+} kv_cold_span;
+/* Tokens become cold: what memory their rows took is given back, and kv_row no longer has them. `cold` gains an owner. What is cold stays so. On error nothing changed. */
+quarry_code kv_set_cold(kv_seq *kv, kv_cold *cold, const kv_cold_span *span, quarry_error *error);
+kv_cold *kv_cold_of(const kv_seq *kv);            /* NULL: all rows are in memory */
+const kv_cold_span *kv_cold_in(const kv_seq *kv); /* all zero: none are cold */
 /* Makes rows [0, n) addressable and [kv_length, n) writable (copies a shared last page). On error nothing changed. Before that frees what local layers
  * hold of tokens that are more than the window and KV_SLACK behind. */
 quarry_code kv_reserve(kv_seq *kv, int64_t n, quarry_error *error);
@@ -52,7 +65,7 @@ void kv_truncate(kv_seq *kv, int64_t n);
 /* The shortest length > 0 it can be cut to: local layers still hold all that the next token sees. */
 int64_t kv_least(const kv_seq *kv);
 
-/* The row of token position pos; rows of the same page and head follow each other. */
+/* The row of token position pos, which is not cold; rows of the same page and head follow each other. */
 void *kv_row(const kv_seq *kv, int layer, int head, int64_t pos);
 /* The same, and how many rows from there on are contiguous (up to the page's end). */
 static inline int64_t kv_run(int64_t pos)
@@ -72,9 +85,11 @@ static inline int64_t kv_first_seen(const kv_shape *shape, int layer, int64_t po
 }
 /* Most memory while n tokens are written, n_step at a time; false if it is beyond size_t. */
 bool kv_bytes_for(const kv_shape *shape, int64_t n, int64_t n_step, size_t *n_bytes);
+/* What local layers will take at most, beyond what they do, when n tokens more were written, n_step at a time. */
+size_t kv_local_coming(const kv_seq *kv, int64_t n, int64_t n_step);
 /* What full attention reads for one query after n tokens, in all layers and heads: the window, where there is one. */
 double kv_bytes_seen(const kv_shape *shape, int64_t n);
-size_t kv_bytes(const kv_seq *kv);                    /* memory of its pages, shared ones counted whole */
+size_t kv_bytes(const kv_seq *kv); /* memory of its pages, shared ones counted whole, and of cold rows that are cached */
 void kv_tally(const kv_seq *kv, memory_tally *tally); /* the same, and what of it is in RAM */
 
 #endif

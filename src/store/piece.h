@@ -52,7 +52,8 @@ typedef struct piece_file piece_file;
 
 /* Opens a piece and checks everything but its records and rows. Errors: IO; FORMAT: the file is damaged or no piece; UNSUPPORTED: version. */
 piece_file *piece_open(const char *path, quarry_error *error);
-void piece_close(piece_file *p); /* NULL allowed */
+void piece_close(piece_file *p);       /* NULL allowed */
+piece_file *piece_hold(piece_file *p); /* one more owner, who closes it too */
 const piece_subject *piece_subject_of(const piece_file *p);
 const store_key *piece_key_in(const piece_file *p);
 const int32_t *piece_tokens(const piece_file *p); /* [end - first] */
@@ -61,9 +62,12 @@ int64_t piece_created(const piece_file *p);
 uint64_t piece_bytes(const piece_file *p);
 
 /* Brings an empty cache and an empty policy to the end of a chain pieces[n], each the parent of the next, the first without one. The policy is one of the
- * pieces' `index`, or has no `saving` and stays empty. All checksums are tested on the way. On error the cache and the policy must be destroyed; *damaged is the key of the piece that FORMAT is about. */
-quarry_code pieces_load(piece_file *const *pieces, int n, kv_seq *kv, attn_policy *policy, thread_pool *pool, arena *scratch /*[threads]*/,
-                        store_key *damaged, quarry_error *error);
+ * pieces' `index`, or has no `saving` and stays empty. All checksums are tested on the way; cold: but those of the rows of segments, which stay in the files, held open, until they are asked for (kv/cold.h). On error the cache and the policy must be destroyed; *damaged is the key of the piece that FORMAT is about. */
+quarry_code pieces_load(piece_file *const *pieces, int n, bool cold, kv_seq *kv, attn_policy *policy, thread_pool *pool,
+                        arena *scratch /*[threads]*/, store_key *damaged, quarry_error *error);
+/* The rows that a piece has of the cache and the policy it was written from are cold from now on; before it only cold segments. Error FORMAT also if it is another piece. On
+ * error nothing has changed. */
+quarry_code piece_set_cold(piece_file *p, kv_seq *kv, attn_policy *policy, arena *scratch, quarry_error *error);
 /* Tests every checksum of a piece. */
 quarry_code piece_verify(const piece_file *p, thread_pool *pool, arena *scratch /*[threads]*/, quarry_error *error);
 

@@ -132,7 +132,7 @@ static bool take(uint64_t *at, uint64_t n, uint64_t bytes, uint64_t align, uint6
 }
 
 /* Rows of a block: as many as make whole sectors. */
-static int64_t block_rows(uint64_t row_bytes)
+int64_t piece_block_rows(uint64_t row_bytes)
 {
     uint64_t a = PIECE_SECTOR, b = row_bytes;
     while (b) {
@@ -150,7 +150,7 @@ quarry_code piece_layout_make(piece_layout *l, const piece_header *h, const attn
     const int64_t kept = kv_local_kept(&s->kv, s->end), sinks = piece_loose_sinks(h);
     uint64_t at;
     *l = (piece_layout){.row_bytes = kv_row_bytes(s->kv.type, s->kv.head_dim), .n_regions = h->n_segments + 2};
-    l->block_rows = block_rows(l->row_bytes);
+    l->block_rows = piece_block_rows(l->row_bytes);
     l->block_bytes = (uint64_t)l->block_rows * l->row_bytes;
     l->local_first = kept > s->first ? kept : s->first;
     if (!(l->regions = memory_zero((size_t)l->n_regions, sizeof *l->regions, "saved context", error))) return QUARRY_ERROR_MEMORY;

@@ -40,6 +40,23 @@ typedef struct piece_layout {
     int64_t local_first;   /* position of the first row of layers with a window */
 } piece_layout;
 
+/* A piece that is open; the owners share it. */
+struct piece_file {
+    _Atomic int n_refs;
+    file_map *file;
+    piece_header header;
+    piece_layout layout;
+    int32_t *tokens;
+    attn_saved_segment *segments; /* [n_segments] */
+};
+
+/* FORMAT: names the file and what is damaged. */
+quarry_code piece_damaged(const piece_file *p, const char *what, quarry_error *error);
+/* The record of a part, tested, in memory of the arena. */
+quarry_code piece_read_record(const piece_file *p, const piece_region *r, int part, uint8_t **record, arena *scratch, quarry_error *error);
+
+/* Rows of a block. */
+int64_t piece_block_rows(uint64_t row_bytes);
 void piece_header_pack(const piece_header *h, uint8_t out[PIECE_HEADER]);
 /* bytes[PIECE_HEADER] */
 quarry_code piece_header_parse(piece_header *h, const uint8_t *bytes, const char *name, quarry_error *error);

@@ -4,18 +4,11 @@
 #include <stdatomic.h>
 
 #include "store/piece_format.h"
-
-struct piece_file {
-    file_map *file;
-    piece_header header;
-    piece_layout layout;
-    int32_t *tokens;
-    attn_saved_segment *segments; /* [n_segments] */
-};
+#include "store/tier.h"
 
 /* ---- opening ---- */
 
-static quarry_code damaged(const piece_file *p, const char *what, quarry_error *error)
+quarry_code piece_damaged(const piece_file *p, const char *what, quarry_error *error)
 {
     return error_set(error, QUARRY_ERROR_FORMAT, "%s: damaged: %s", file_map_path(p->file), what);
 }
@@ -26,7 +19,7 @@ static quarry_code read_section(const piece_file *p, uint64_t at, uint64_t end, 
     const size_t n = (size_t)(end - at);
     if (!(*out = memory_alloc(n, 1, "saved context", error))) return QUARRY_ERROR_MEMORY;
     quarry_code code = file_map_read(p->file, at, n, *out, error);
-    if (code == QUARRY_OK && get64(*out + n - 8) != XXH3_64bits(*out, n - 8)) code = damaged(p, what, error);
+    if (code == QUARRY_OK && get64(*out + n - 8) != XXH3_64bits(*out, n - 8)) code = piece_damaged(p, what, error);
     return code;
 }
 
@@ -38,7 +31,7 @@ static quarry_code read_front(piece_file *p, quarry_error *error)
     uint64_t table;
     const uint64_t end = piece_front(h, &table);
     uint8_t *front = NULL;
-    if (end > file_map_size(p->file)) return damaged(p, "it is cut short", error);
+    if (end > file_map_size(p->file)) return piece_damaged(p, "it is cut short", error);
     quarry_code code = read_section(p, PIECE_HEADER, end, "the checksum of its tokens is wrong", &front, error);
     p->tokens = memory_alloc((size_t)n, sizeof *p->tokens, "saved context", error);
     p->segments = memory_alloc((size_t)h->n_segments, sizeof *p->segments, "saved context", error);
@@ -76,18 +69,19 @@ static quarry_code open_parts(piece_file *p, const char *path, quarry_error *err
     if (code == QUARRY_OK) code = piece_header_parse(&p->header, header, path, error);
     if (code == QUARRY_OK) code = read_front(p, error);
     if (code != QUARRY_OK) return code;
-    if (!segments_sound(p)) return damaged(p, "its segments are impossible", error);
+    if (!segments_sound(p)) return piece_damaged(p, "its segments are impossible", error);
     code = piece_layout_make(&p->layout, &p->header, p->segments, error);
-    if (code == QUARRY_ERROR_FORMAT) return damaged(p, "impossible sizes", error);
+    if (code == QUARRY_ERROR_FORMAT) return piece_damaged(p, "impossible sizes", error);
     if (code != QUARRY_OK) return code;
-    if (p->layout.total != file_map_size(p->file)) return damaged(p, "its size is wrong", error);
+    if (p->layout.total != file_map_size(p->file)) return piece_damaged(p, "its size is wrong", error);
     const store_key key = piece_key_of(&p->header.subject, p->tokens);
-    return store_key_same(&key, &p->header.key) ? QUARRY_OK : damaged(p, "it is not what its key says", error);
+    return store_key_same(&key, &p->header.key) ? QUARRY_OK : piece_damaged(p, "it is not what its key says", error);
 }
 
 piece_file *piece_open(const char *path, quarry_error *error)
 {
     piece_file *p = memory_zero(1, sizeof *p, "saved context", error);
+    if (p) atomic_init(&p->n_refs, 1);
     if (!p || open_parts(p, path, error) == QUARRY_OK) return p;
     piece_close(p);
     return NULL;
@@ -95,12 +89,18 @@ piece_file *piece_open(const char *path, quarry_error *error)
 
 void piece_close(piece_file *p)
 {
-    if (!p) return;
+    if (!p || atomic_fetch_sub(&p->n_refs, 1) != 1) return;
     file_map_close(p->file);
     memory_free(p->layout.regions);
     memory_free(p->tokens);
     memory_free(p->segments);
     memory_free(p);
+}
+
+piece_file *piece_hold(piece_file *p)
+{
+    atomic_fetch_add(&p->n_refs, 1);
+    return p;
 }
 
 const piece_subject *piece_subject_of(const piece_file *p)
@@ -135,14 +135,13 @@ uint64_t piece_bytes(const piece_file *p)
 
 /* ---- parts ---- */
 
-/* Reads the record of a part into memory of the arena. */
-static quarry_code read_record(const piece_file *p, const piece_region *r, int part, uint8_t **record, arena *scratch, quarry_error *error)
+quarry_code piece_read_record(const piece_file *p, const piece_region *r, int part, uint8_t **record, arena *scratch, quarry_error *error)
 {
     const size_t n = (size_t)r->record_bytes;
     if (!(*record = arena_alloc(scratch, n, 1, error))) return QUARRY_ERROR_MEMORY;
     quarry_code code = file_map_read(p->file, r->record_at + (uint64_t)part * n, n, *record, error);
     if (code == QUARRY_OK && get64(*record + n - 8) != XXH3_64bits(*record, n - 8))
-        code = damaged(p, "the checksum of a record of its index is wrong", error);
+        code = piece_damaged(p, "the checksum of a record of its index is wrong", error);
     return code;
 }
 
@@ -157,7 +156,7 @@ static quarry_code read_rows(const piece_file *p, const piece_region *r, int par
     quarry_code code = file_map_read(p->file, r->rows_at + (uint64_t)part * r->rows_bytes, n, *rows, error);
     for (int64_t b = 0; b < n_blocks && code == QUARRY_OK; b++)
         if (get64(record + r->extra + b * 8) != XXH3_64bits(*rows + (uint64_t)b * l->block_bytes, l->block_bytes))
-            code = damaged(p, "the checksum of a block of its keys and values is wrong", error);
+            code = piece_damaged(p, "the checksum of a block of its keys and values is wrong", error);
     return code;
 }
 
@@ -168,6 +167,7 @@ typedef struct loader {
     int n_pieces;
     kv_seq *kv;
     attn_policy *policy; /* NULL: the index is not wanted */
+    tier *tier;          /* NULL: rows of segments are loaded too */
     arena *scratch;
     int64_t first_segment; /* of the piece at hand, in the policy */
     const piece_file *piece;
@@ -195,8 +195,8 @@ static quarry_code load_part(loader *l, int64_t segment, int part, arena *scratc
     const piece_region *r = &p->layout.regions[segment];
     const int heads = p->header.subject.kv.n_head_kv, layer = part / heads, head = part % heads;
     uint8_t *record, *rows;
-    quarry_code code = read_record(p, r, part, &record, scratch, error);
-    if (code == QUARRY_OK) code = read_rows(p, r, part, record, r->n_rows, &rows, scratch, error);
+    quarry_code code = piece_read_record(p, r, part, &record, scratch, error);
+    if (code == QUARRY_OK && !l->tier) code = read_rows(p, r, part, record, r->n_rows, &rows, scratch, error);
     if (code != QUARRY_OK) return code;
     uint16_t *order = arena_alloc(scratch, (size_t)r->n_rows, sizeof *order, error);
     uint8_t *seen = arena_alloc(scratch, (size_t)r->n_rows, 1, error);
@@ -204,15 +204,16 @@ static quarry_code load_part(loader *l, int64_t segment, int part, arena *scratc
     memset(seen, 0, (size_t)r->n_rows);
     for (int64_t i = 0; i < r->n_rows; i++) {
         order[i] = get16(record + 2 * i);
-        if (order[i] >= r->n_rows || seen[order[i]]) return damaged(p, "the order of its rows is none", error);
+        if (order[i] >= r->n_rows || seen[order[i]]) return piece_damaged(p, "the order of its rows is none", error);
         seen[order[i]] = 1;
-        place(l, layer, head, p->segments[segment].first + order[i], rows + (uint64_t)i * p->layout.row_bytes);
+        if (!l->tier) place(l, layer, head, p->segments[segment].first + order[i], rows + (uint64_t)i * p->layout.row_bytes);
     }
+    if (l->tier) tier_take_sums(l->tier, l->first_segment + segment, part, record + r->extra);
     if (!l->policy) return QUARRY_OK;
     const attn_saving *saving = l->policy->type->saving;
     code = saving->load_part(l->policy, l->first_segment + segment, layer, head, order, record + 2 * r->n_rows);
-    if (code == QUARRY_ERROR_FORMAT) return damaged(p, "a record of its index is impossible", error);
-    if (code == QUARRY_OK) saving->load_rows(l->policy, l->first_segment + segment, layer, head, l->kv, scratch);
+    if (code == QUARRY_ERROR_FORMAT) return piece_damaged(p, "a record of its index is impossible", error);
+    if (code == QUARRY_OK && !l->tier) saving->load_rows(l->policy, l->first_segment + segment, layer, head, l->kv, scratch);
     return code == QUARRY_ERROR_MEMORY ? error_memory(error, "saved context", 0) : code;
 }
 
@@ -235,7 +236,7 @@ static quarry_code load_in_order(loader *l, int64_t region, int part, int64_t n_
     const bool local = region > p->header.n_segments;
     const int heads = p->header.subject.kv.n_head_kv, layer = part / heads + (local ? p->header.subject.kv.n_layer : 0);
     uint8_t *record, *rows;
-    quarry_code code = read_record(p, r, part, &record, scratch, error);
+    quarry_code code = piece_read_record(p, r, part, &record, scratch, error);
     if (code == QUARRY_OK) code = read_rows(p, r, part, record, n_rows, &rows, scratch, error);
     if (code != QUARRY_OK) return code;
     for (int64_t i = 0; i < n_rows; i++) {
@@ -277,8 +278,8 @@ static quarry_code load_piece(loader *l)
     const int64_t n_segments = p->header.n_segments;
     quarry_code code = QUARRY_OK;
     for (int64_t i = 0; l->policy && i < n_segments && code == QUARRY_OK; i++)
-        code = l->policy->type->saving->load_segment(l->policy, p->segments[i].n, p->segments[i].part_bytes, l->error);
-    if (code == QUARRY_ERROR_FORMAT) return damaged(p, "a segment of its index is impossible", l->error);
+        code = l->policy->type->saving->load_segment(l->policy, p->segments[i].n, p->segments[i].part_bytes, l->tier != NULL, l->error);
+    if (code == QUARRY_ERROR_FORMAT) return piece_damaged(p, "a segment of its index is impossible", l->error);
     if (code != QUARRY_OK) return code;
     if (n_segments) thread_pool_run(l->pool, n_segments * r[0].n_parts, segment_task, l);
     thread_pool_run(l->pool, r[n_segments].n_parts + r[n_segments + 1].n_parts, loose_task, l);
@@ -293,7 +294,7 @@ static quarry_code load_state(loader *l)
     quarry_code code = read_section(p, p->layout.state_at, p->layout.state_end, "the checksum of its state is wrong", &state, l->error);
     if (code == QUARRY_OK) {
         code = l->policy->type->saving->load_state(l->policy, state, (size_t)p->header.state_bytes, p->header.subject.end, l->error);
-        if (code == QUARRY_ERROR_FORMAT) damaged(p, "the state of its index is impossible", l->error);
+        if (code == QUARRY_ERROR_FORMAT) piece_damaged(p, "the state of its index is impossible", l->error);
     }
     memory_free(state);
     if (code != QUARRY_OK) return code;
@@ -312,14 +313,30 @@ static quarry_code check_chain(loader *l)
                                      : s->first == b->end && store_key_same(&s->parent, &before->header.key) &&
                                            s->fingerprint == b->fingerprint && !memcmp(&s->kv, &b->kv, sizeof s->kv) &&
                                            !strcmp(s->index, b->index) && from == before->header.segments_end;
-        if (!follows) return damaged(p, "it does not follow the piece before it", l->error);
+        if (!follows) return piece_damaged(p, "it does not follow the piece before it", l->error);
     }
     return QUARRY_OK;
 }
 
-static quarry_code load_all(loader *l, const piece_subject *last)
+/* The rows of all segments stay where they are. */
+static quarry_code set_cold(loader *l, const piece_subject *last)
 {
-    quarry_code code = kv_restore(l->kv, last->end, l->error);
+    const piece_header *h = &l->pieces[l->n_pieces - 1]->header;
+    kv_cold *cold = tier_open(&last->kv, l->policy->type->saving->derived_bytes(l->policy), &l->tier, l->error);
+    if (!cold) return QUARRY_ERROR_MEMORY;
+    kv_cold_span span = {ATTN_SINKS, h->segments_end, 0, last->end};
+    quarry_code code = QUARRY_OK;
+    for (int i = 0; i < l->n_pieces; i++) span.n_segments += l->pieces[i]->header.n_segments;
+    for (int i = 0; i < l->n_pieces && code == QUARRY_OK; i++) code = tier_add(l->tier, cold, l->pieces[i], l->error);
+    if (code == QUARRY_OK) code = kv_set_cold(l->kv, cold, &span, l->error);
+    kv_cold_release(cold);
+    return code;
+}
+
+static quarry_code load_all(loader *l, const piece_subject *last, bool cold)
+{
+    quarry_code code = cold ? set_cold(l, last) : QUARRY_OK;
+    if (code == QUARRY_OK) code = kv_restore(l->kv, last->end, l->error);
     for (int i = 0; i < l->n_pieces && code == QUARRY_OK; i++) {
         l->piece = l->pieces[i];
         code = load_piece(l);
@@ -327,7 +344,7 @@ static quarry_code load_all(loader *l, const piece_subject *last)
     return code == QUARRY_OK && l->policy ? load_state(l) : code;
 }
 
-quarry_code pieces_load(piece_file *const *pieces, int n, kv_seq *kv, attn_policy *policy, thread_pool *pool, arena *scratch,
+quarry_code pieces_load(piece_file *const *pieces, int n, bool cold, kv_seq *kv, attn_policy *policy, thread_pool *pool, arena *scratch,
                         store_key *damaged, quarry_error *error)
 {
     loader l = {.pieces = pieces,
@@ -341,8 +358,10 @@ quarry_code pieces_load(piece_file *const *pieces, int n, kv_seq *kv, attn_polic
     const piece_subject *last = piece_subject_of(l.piece);
     if (memcmp(&last->kv, kv_shape_of(kv), sizeof last->kv) != 0)
         return error_set(error, QUARRY_ERROR_ARGUMENT, "%s: of another model or another type of cache", file_map_path(l.piece->file));
+    int64_t n_segments = 0;
+    for (int i = 0; i < n; i++) n_segments += pieces[i]->header.n_segments;
     quarry_code code = check_chain(&l);
-    if (code == QUARRY_OK) code = load_all(&l, last);
+    if (code == QUARRY_OK) code = load_all(&l, last, cold && l.policy && n_segments > 0);
     if (code == QUARRY_ERROR_FORMAT) *damaged = l.piece->header.key;
     return code;
 }
@@ -359,7 +378,7 @@ static void verify_task(void *context, int64_t task, int thread)
     if (atomic_load(&l->failed)) return;
     for (; task >= r->n_parts; r++) task -= r->n_parts;
     arena_reset(&l->scratch[thread]);
-    quarry_code code = read_record(p, r, (int)task, &record, &l->scratch[thread], &error);
+    quarry_code code = piece_read_record(p, r, (int)task, &record, &l->scratch[thread], &error);
     if (code == QUARRY_OK) code = read_rows(p, r, (int)task, record, r->n_rows, &rows, &l->scratch[thread], &error);
     if (code != QUARRY_OK) fail(l, code, &error);
 }

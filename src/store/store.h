@@ -10,5 +10,6 @@
 
 #include "store/catalogue.h"
 #include "store/piece.h"
+#include "store/tier.h"
 
 #endif
