@@ -89,7 +89,7 @@ bool kv_bytes_for(const kv_shape *shape, int64_t n, int64_t n_step, size_t *n_by
 size_t kv_local_coming(const kv_seq *kv, int64_t n, int64_t n_step);
 /* What full attention reads for one query after n tokens, in all layers and heads: the window, where there is one. */
 double kv_bytes_seen(const kv_shape *shape, int64_t n);
-size_t kv_bytes(const kv_seq *kv); /* memory of its pages, shared ones counted whole, and of cold rows that are cached */
+size_t kv_bytes(const kv_seq *kv);                    /* memory of its pages, shared ones counted whole, and of cold rows that are cached */
 void kv_tally(const kv_seq *kv, memory_tally *tally); /* the same, and what of it is in RAM */
 
 #endif
