@@ -12,15 +12,12 @@ enum { ROW = 48, BLOCK = 4, DERIVED = 12, N_PARTS = 3, N_SEGMENTS = 4, MOST = 40
 static const int64_t lengths[N_SEGMENTS] = {90, 7, 400, 33};
 static const size_t everything = SIZE_MAX;
 
-/* Caches of so many rows of every part, and of what is derived from so many. */
-#define ROWS(n) ((size_t)N_PARTS * (n) * (ROW + 12))
-#define KEYS(n) ((size_t)N_PARTS * (n) * (DERIVED + 12))
-
 /* ---- a source ---- */
 
 static struct {
-    atomic_llong n_reads, n_expected, n_released, n_wrong; /* wrong: it was asked for what it does not have */
-    atomic_int fails;                                      /* quarry_code of what is read next */
+    atomic_llong n_reads, n_released, n_wrong;               /* wrong: it was asked for what it does not have */
+    atomic_int fails;                                        /* quarry_code of what is read next */
+    atomic_llong n_blocks, n_expected, of_read, of_expected; /* blocks, and a sum over which they were */
 } source_state;
 
 static void make_row(int64_t segment, int part, int64_t slot, uint8_t row[ROW])
@@ -38,6 +35,8 @@ static quarry_code source_read(void *data, int64_t segment, int part, const int6
     memset(out, 0xee, (size_t)n * BLOCK * ROW);
     if (fails) return error_set(error, (quarry_code)fails, "the source fails");
     for (int64_t i = 0; i < n; i++) {
+        atomic_fetch_add(&source_state.n_blocks, 1);
+        atomic_fetch_add(&source_state.of_read, (blocks[i] + 1) * (blocks[i] + 1));
         if (segment < 0 || segment >= N_SEGMENTS || part < 0 || part >= N_PARTS || (i > 0 && blocks[i] <= blocks[i - 1]) || blocks[i] < 0 ||
             blocks[i] * BLOCK >= lengths[segment]) {
             atomic_fetch_add(&source_state.n_wrong, 1);
@@ -49,15 +48,15 @@ static quarry_code source_read(void *data, int64_t segment, int part, const int6
     return QUARRY_OK;
 }
 
-/* What is expected must be there to be read. */
 static void source_expect(void *data, int64_t segment, int part, const int64_t *blocks, int64_t n)
 {
     (void)data;
-    for (int64_t i = 0; i < n; i++)
-        if (segment < 0 || segment >= N_SEGMENTS || part < 0 || part >= N_PARTS || (i > 0 && blocks[i] <= blocks[i - 1]) || blocks[i] < 0 ||
-            blocks[i] * BLOCK >= lengths[segment])
+    for (int64_t i = 0; i < n; i++) {
+        atomic_fetch_add(&source_state.n_expected, 1);
+        atomic_fetch_add(&source_state.of_expected, (blocks[i] + 1) * (blocks[i] + 1));
+        if (part < 0 || part >= N_PARTS || (i > 0 && blocks[i] <= blocks[i - 1]) || blocks[i] * BLOCK >= lengths[segment])
             atomic_fetch_add(&source_state.n_wrong, 1);
-    atomic_fetch_add(&source_state.n_expected, n);
+    }
 }
 
 static void source_release(void *data)
@@ -82,14 +81,14 @@ static void derive_make(const void *data, const void *row, uint8_t *derived)
 
 static const kv_derive derive = {derive_make, &salt};
 
-static kv_cold *make_cold(size_t row_bytes, size_t derived_bytes)
+static kv_cold *make_cold(size_t of_rows, size_t of_derived)
 {
     quarry_error e = {0};
     memset(&source_state, 0, sizeof source_state);
     kv_cold *c = kv_cold_create(&source, N_PARTS, DERIVED, &e);
     assert_non_null(c);
     assert_int_equal(kv_cold_extend(c, lengths, N_SEGMENTS, &e), QUARRY_OK);
-    assert_int_equal(kv_cold_set_cache(c, row_bytes, derived_bytes, &e), QUARRY_OK);
+    assert_int_equal(kv_cold_set_cache(c, of_rows, of_derived, &e), QUARRY_OK);
     return c;
 }
 
@@ -150,19 +149,29 @@ static int64_t keep_some(random_state *r, int32_t *slots, const void **rows, int
     return m;
 }
 
-/* Whatever the cache takes, from nothing to every row, and whoever asked before. */
+enum { ROW_ENTRY = ROW + 12, DERIVED_ENTRY = DERIVED + 12 }; /* with what the caches know of them */
+
+/* Rows for which there is room in every part. */
+static const int64_t rooms[] = {0, 1, 63, 64, 100, 200, 530, 536, 575, 576, -1};
+
+static size_t room_of(int64_t room, size_t each)
+{
+    return room < 0 ? everything : (size_t)room * N_PARTS * each;
+}
+
+/* Whatever the caches take, from nothing to all, and whoever asked before. */
 static void test_rows_are_those_of_the_source(void **state)
 {
     (void)state;
-    static const size_t sizes[] = {0, 1, 63, 64, 100, 200, 530, 536, 575, 576, 100000};
-    for (size_t k = 0; k < TEST_COUNT(sizes) * TEST_COUNT(sizes); k++) {
-        const size_t n_rows = sizes[k % TEST_COUNT(sizes)], n_keys = sizes[k / TEST_COUNT(sizes)];
-        kv_cold *c = make_cold(ROWS(n_rows), KEYS(n_keys));
+    for (size_t k = 0; k < TEST_COUNT(rooms) * TEST_COUNT(rooms); k++) {
+        const int64_t rows_room = rooms[k % TEST_COUNT(rooms)], derived_room = rooms[k / TEST_COUNT(rooms)];
+        const size_t of_rows = room_of(rows_room, ROW_ENTRY), of_derived = room_of(derived_room, DERIVED_ENTRY);
+        kv_cold *c = make_cold(of_rows, of_derived);
         arena scratch = {0};
         random_state r;
         random_seed(&r, k + 5);
         int64_t n_asked = 0, n_found = 0;
-        for (int call = 0; call < 200; call++) {
+        for (int call = 0; call < 120; call++) {
             const int part = (int)random_below(&r, N_PARTS);
             const int64_t segment = (int64_t)random_below(&r, N_SEGMENTS);
             int32_t slots[MOST];
@@ -174,21 +183,54 @@ static void test_rows_are_those_of_the_source(void **state)
             n = keep_some(&r, slots, rows, n);
             if (call % 2) kv_cold_expect(c, part, segment, slots, n, rows, &scratch);
             take_right(c, part, segment, slots, n, rows, &scratch);
-            if (kv_cold_row_bytes(c) > ROWS(n_rows)) fail_msg("%zu bytes of rows in a cache of %zu", kv_cold_row_bytes(c), ROWS(n_rows));
-            if (kv_cold_derived_bytes(c) > KEYS(n_keys))
-                fail_msg("%zu bytes of keys in a cache of %zu", kv_cold_derived_bytes(c), KEYS(n_keys));
+            if (kv_cold_row_bytes(c) > of_rows || kv_cold_derived_bytes(c) > of_derived)
+                fail_msg("%zu and %zu bytes where %zu and %zu are allowed", kv_cold_row_bytes(c), kv_cold_derived_bytes(c), of_rows,
+                         of_derived);
+            if (call == 60) { /* set anew, also to the same: rows are read again, and right */
+                quarry_error e = {0};
+                assert_int_equal(kv_cold_set_cache(c, of_rows, of_derived, &e), QUARRY_OK);
+            }
         }
         const kv_cold_counts counts = kv_cold_count(c);
         assert_int_equal(counts.n_derived, n_asked);
-        assert_true(counts.n_derived_found <= n_found && counts.n_rows_found <= counts.n_rows);
-        if (n_keys < 64) assert_int_equal(counts.n_derived_found, 0);
-        if (n_keys < 64 && n_rows < 64) assert_int_equal(n_found, 0);
-        if (n_keys > 576 || n_rows > 576) assert_true(n_found > n_asked / 5);
+        assert_true(counts.n_derived_found <= n_found);
+        assert_int_equal(counts.n_blocks, atomic_load(&source_state.n_blocks));
+        if (of_rows < 64 * ROW_ENTRY && of_derived < 64 * DERIVED_ENTRY) assert_int_equal(n_found, 0);
+        if (of_derived == everything) assert_true(n_found > n_asked / 4);
         assert_int_equal(atomic_load(&source_state.n_wrong), 0);
         kv_cold_release(c);
         assert_int_equal(atomic_load(&source_state.n_released), 1);
         arena_free(&scratch);
     }
+}
+
+/* The source is told of the blocks that the next call reads. */
+static void test_blocks_that_are_expected_are_read(void **state)
+{
+    (void)state;
+    kv_cold *c = make_cold((size_t)N_PARTS * 128 * ROW_ENTRY, everything);
+    arena scratch = {0};
+    random_state r;
+    random_seed(&r, 6);
+    for (int call = 0; call < 200; call++) {
+        const int64_t segment = (int64_t)random_below(&r, N_SEGMENTS);
+        int32_t slots[MOST];
+        const void *rows[MOST];
+        int64_t n = random_slots(&r, segment, 1 + random_below(&r, 40), slots);
+        arena_reset(&scratch);
+        find_right(c, 1, segment, slots, n, rows, &scratch);
+        n = keep_some(&r, slots, rows, n);
+        const int64_t n_blocks = atomic_load(&source_state.n_blocks), of_read = atomic_load(&source_state.of_read),
+                      n_expected = atomic_load(&source_state.n_expected), of_expected = atomic_load(&source_state.of_expected);
+        kv_cold_expect(c, 1, segment, slots, n, rows, &scratch);
+        take_right(c, 1, segment, slots, n, rows, &scratch);
+        assert_int_equal(atomic_load(&source_state.n_blocks) - n_blocks, atomic_load(&source_state.n_expected) - n_expected);
+        assert_int_equal(atomic_load(&source_state.of_read) - of_read, atomic_load(&source_state.of_expected) - of_expected);
+    }
+    assert_true(atomic_load(&source_state.n_expected) > 100);
+    assert_int_equal(atomic_load(&source_state.n_wrong), 0);
+    kv_cold_release(c);
+    arena_free(&scratch);
 }
 
 /* With room for all of them, no row is read twice; also of segments that came later. */
@@ -227,47 +269,49 @@ static void test_a_whole_cache_reads_once(void **state)
     arena_free(&scratch);
 }
 
-static bool has(kv_cold *c, int32_t slot, arena *scratch)
+/* Whether what is derived of a row is known; it is from now on. */
+static bool knows(kv_cold *c, int32_t slot, arena *scratch)
 {
     const void *row;
     return find_right(c, 0, 2, &slot, 1, &row, scratch) == 1;
 }
 
-/* Of a set the row goes that was not asked for longest, whether it was found or taken. */
+/* Whether a row is in the cache; it is from now on. */
+static bool has(kv_cold *c, int32_t slot, arena *scratch)
+{
+    const int64_t reads = atomic_load(&source_state.n_reads);
+    const void *row = NULL;
+    take_right(c, 0, 2, &slot, 1, &row, scratch);
+    return atomic_load(&source_state.n_reads) == reads;
+}
+
+/* Of a set goes what was not asked for longest. */
 static void test_what_is_asked_for_stays(void **state)
 {
     (void)state;
-    kv_cold *c = make_cold(ROWS(64), KEYS(64));
-    arena scratch = {0};
-    const int32_t found = 17, taken = 18;
-    const void *row;
-    has(c, found, &scratch);
-    has(c, 19, &scratch);
-    row = NULL;
-    take_right(c, 0, 2, &taken, 1, &row, &scratch);
-    for (int32_t slot = 20; slot < 399; slot++) {
-        arena_reset(&scratch);
-        if (slot % 3 == 0) assert_true(has(c, found, &scratch));
-        if (slot % 3 == 1) {
-            const int64_t reads = atomic_load(&source_state.n_reads);
-            row = NULL;
-            take_right(c, 0, 2, &taken, 1, &row, &scratch);
-            assert_int_equal(atomic_load(&source_state.n_reads), reads);
+    for (int of_rows = 0; of_rows < 2; of_rows++) {
+        bool (*is_there)(kv_cold * c, int32_t slot, arena * scratch) = of_rows ? has : knows;
+        kv_cold *c = of_rows ? make_cold((size_t)N_PARTS * 64 * ROW_ENTRY, 0) : make_cold(0, (size_t)N_PARTS * 64 * DERIVED_ENTRY);
+        arena scratch = {0};
+        assert_false(is_there(c, 17, &scratch));
+        assert_false(is_there(c, 18, &scratch));
+        for (int32_t slot = 20; slot < 399; slot++) {
+            arena_reset(&scratch);
+            if (slot % 3 == 0) assert_true(is_there(c, 17, &scratch));
+            assert_false(is_there(c, slot, &scratch));
+            assert_true(is_there(c, slot, &scratch));
         }
-        has(c, slot, &scratch);
-        row = NULL;
-        take_right(c, 0, 2, &slot, 1, &row, &scratch);
+        assert_false(is_there(c, 18, &scratch));
+        kv_cold_release(c);
+        arena_free(&scratch);
     }
-    assert_false(has(c, 19, &scratch));
-    kv_cold_release(c);
-    arena_free(&scratch);
 }
 
-/* A request of more rows than there is room for leaves what it found in its place: asked again, it finds the same. */
-static void test_a_call_drops_no_row_of_its_own(void **state)
+/* A request of more than there is room for leaves what it found in its place: asked again, it finds the same. */
+static void test_a_call_drops_nothing_of_its_own(void **state)
 {
     (void)state;
-    kv_cold *c = make_cold(ROWS(64), KEYS(64));
+    kv_cold *c = make_cold(0, (size_t)N_PARTS * 64 * DERIVED_ENTRY);
     arena scratch = {0};
     int32_t slots[MOST];
     const void *rows[MOST];
@@ -278,11 +322,18 @@ static void test_a_call_drops_no_row_of_its_own(void **state)
     assert_int_equal(find_right(c, 1, 2, slots, n, rows, &scratch), 0);
     assert_int_equal(find_right(c, 1, 2, slots, n, rows, &scratch), 64);
     for (int64_t i = 0; i < n; i++) kept[i] = !rows[i];
-    take_right(c, 1, 2, slots, n, rows, &scratch);
     for (int again = 0; again < 3; again++) {
         assert_int_equal(find_right(c, 1, 2, slots, n, rows, &scratch), 64);
         for (int64_t i = 0; i < n; i++) assert_int_equal(kept[i], !rows[i]);
+    }
+    kv_cold_release(c);
+    c = make_cold((size_t)N_PARTS * 64 * ROW_ENTRY, 0);
+    int64_t found = 0;
+    for (int again = 0; again < 4; again++) {
+        memset(rows, 0, sizeof rows);
         take_right(c, 1, 2, slots, n, rows, &scratch);
+        assert_int_equal(kv_cold_count(c).n_rows_found - found, again ? 64 : 0);
+        found = kv_cold_count(c).n_rows_found;
     }
     kv_cold_release(c);
     arena_free(&scratch);
@@ -368,6 +419,8 @@ static void test_without_memory(void **state)
     quarry_code code = QUARRY_ERROR_MEMORY;
     for (n = 0; code != QUARRY_OK; n++) { /* what stays is a cache that takes nothing */
         arena scratch = {0};
+        assert_int_equal(kv_cold_set_cache(c, 100000, 100000, &e), QUARRY_OK);
+        find_right(c, 0, 0, slots, 6, rows, &scratch);
         memory_fail_after(n);
         code = kv_cold_set_cache(c, everything, everything, &e);
         memory_fail_after(-1);
@@ -425,13 +478,14 @@ static void *ask(void *data)
             if (memcmp(derived + i * DERIVED, expected, DERIVED)) atomic_fetch_add(a->n_wrong, 1);
         }
         n = keep_some(&r, slots, rows, n);
+        if (code == QUARRY_OK) kv_cold_expect(a->cold, part, segment, slots, n, rows, &scratch);
         if (code == QUARRY_OK) code = kv_cold_take(a->cold, part, segment, slots, n, rows, &scratch, &e);
         if (code != QUARRY_OK) atomic_fetch_add(a->n_wrong, 1);
         for (int64_t i = 0; i < n && code == QUARRY_OK; i++) {
             make_row(segment, part, slots[i], row);
             if (memcmp(rows[i], row, ROW)) atomic_fetch_add(a->n_wrong, 1);
         }
-        if (kv_cold_row_bytes(a->cold) > ROWS(64) || kv_cold_derived_bytes(a->cold) > KEYS(64)) atomic_fetch_add(a->n_wrong, 1);
+        if (kv_cold_row_bytes(a->cold) > (size_t)N_PARTS * 64 * ROW_ENTRY) atomic_fetch_add(a->n_wrong, 1);
     }
     arena_free(&scratch);
     return NULL;
@@ -441,7 +495,8 @@ static void test_two_threads_at_once(void **state)
 {
     (void)state;
     atomic_int n_wrong = 0;
-    asker askers[2] = {{make_cold(ROWS(64), KEYS(64)), 1, &n_wrong}, {NULL, 2, &n_wrong}};
+    asker askers[2] = {{make_cold((size_t)N_PARTS * 64 * ROW_ENTRY, (size_t)N_PARTS * 128 * DERIVED_ENTRY), 1, &n_wrong},
+                       {NULL, 2, &n_wrong}};
     askers[1].cold = kv_cold_hold(askers[0].cold);
     pthread_t threads[2];
     for (int i = 0; i < 2; i++) assert_int_equal(pthread_create(&threads[i], NULL, ask, &askers[i]), 0);
@@ -711,7 +766,8 @@ int main(void)
         cmocka_unit_test(test_rows_are_those_of_the_source),
         cmocka_unit_test(test_a_whole_cache_reads_once),
         cmocka_unit_test(test_what_is_asked_for_stays),
-        cmocka_unit_test(test_a_call_drops_no_row_of_its_own),
+        cmocka_unit_test(test_blocks_that_are_expected_are_read),
+        cmocka_unit_test(test_a_call_drops_nothing_of_its_own),
         cmocka_unit_test(test_reading_past_the_cache),
         cmocka_unit_test(test_a_source_that_fails),
         cmocka_unit_test(test_without_memory),

@@ -8,7 +8,7 @@
 
 typedef struct part_state {
     pthread_mutex_t lock; /* of what the caches have of the part */
-    uint32_t now;         /* grows with every search */
+    uint32_t now;         /* grows with every call that finds or takes */
 } part_state;
 
 struct kv_cold {
@@ -112,11 +112,14 @@ size_t kv_cold_block_bytes(const kv_cold *c)
 quarry_code kv_cold_set_cache(kv_cold *c, size_t row_bytes, size_t derived_bytes, quarry_error *error)
 {
     quarry_code code = cold_cache_set(&c->rows, c->n_rows, row_bytes, error);
-    if (code != QUARRY_OK || (c->derived_rows == c->n_rows && c->derived_room == derived_bytes)) return code;
-    code = cold_cache_set(&c->derived, c->n_rows, derived_bytes, error);
-    c->derived_rows = code == QUARRY_OK ? c->n_rows : 0;
+    if (code == QUARRY_OK && (c->derived_rows != c->n_rows || c->derived_room != derived_bytes))
+        code = cold_cache_set(&c->derived, c->n_rows, derived_bytes, error);
+    if (code != QUARRY_OK) {
+        cold_cache_set(&c->rows, 0, 0, NULL);
+        cold_cache_set(&c->derived, 0, 0, NULL);
+    }
+    c->derived_rows = code == QUARRY_OK ? c->n_rows : -1;
     c->derived_room = derived_bytes;
-    if (code != QUARRY_OK) cold_cache_set(&c->rows, 0, 0, NULL);
     return code;
 }
 
@@ -246,7 +249,7 @@ static quarry_code take_locked(kv_cold *c, int part, int64_t segment, const int3
                                quarry_error *error)
 {
     const size_t row = c->source.row_bytes;
-    const uint32_t start = (uint32_t)c->starts[segment], now = c->parts[part].now;
+    const uint32_t start = (uint32_t)c->starts[segment], now = ++c->parts[part].now;
     uint8_t *missing = arena_alloc(scratch, (size_t)n, 1, error), *keep = arena_alloc(scratch, (size_t)n, 1, error);
     uint8_t *copies = arena_alloc(scratch, (size_t)n, row, error);
     int64_t n_missing = 0;
