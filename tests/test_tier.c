@@ -592,6 +592,44 @@ static void test_reading_in_stretches(void **state)
     }
 }
 
+static bool stop_late(int64_t done, int64_t total, void *data)
+{
+    ++*(int64_t *)data;
+    return done < total * 3 / 4;
+}
+
+/* A reading that was stopped goes on; with so little that what is stored does not fit, that is said before anything is read. */
+static void test_a_reading_that_was_stopped(void **state)
+{
+    (void)state;
+    static const int64_t ends[] = {300, LONG};
+    quarry_model *m = open_model(kinds[0], 1);
+    quarry_store *store = open_store();
+    quarry_stored info;
+    quarry_error e = {0};
+    int64_t calls = 0;
+    const quarry_watch watch = {stop_late, &calls};
+    params.attn = "ivfpq:segment=1024";
+    quarry_session *first = open_session(m, 1000000), *small = open_session(m, 310000), *again = open_session(m, 1000000);
+    assert_int_equal(quarry_session_read_stored(first, store, tokens, LONG, ends, 2, "long", &watch, &info, &e), QUARRY_ERROR_CANCELLED);
+    assert_true(info.n_kept > 1300);
+    const int64_t kept = info.n_kept;
+    calls = 0;
+    assert_int_equal(quarry_session_read_stored(small, store, tokens, LONG, ends, 2, "long", &watch, &info, &e), QUARRY_ERROR_MEMORY);
+    assert_non_null(strstr(e.message, "--kv-ram"));
+    assert_int_equal(quarry_session_length(small), 0);
+    assert_int_equal(calls, 0);
+    assert_int_equal(read_long(again, store, &info, &e), QUARRY_OK);
+    assert_int_equal(info.n_taken, kept);
+    assert_int_equal(info.n_kept, LONG - kept);
+    quarry_session_close(first);
+    quarry_session_close(small);
+    quarry_session_close(again);
+    quarry_store_close(store);
+    quarry_model_close(m);
+    params.attn = policy;
+}
+
 /* Past a place where longer texts are cut: this one is read as without a bound. */
 static void test_reading_past_a_checkpoint(void **state)
 {
@@ -885,6 +923,7 @@ int main(int argc, char **argv)
         cmocka_unit_test_setup(test_citations, empty_before),
         cmocka_unit_test_setup(test_a_document_more, empty_before),
         cmocka_unit_test_setup(test_reading_in_stretches, empty_before),
+        cmocka_unit_test_setup(test_a_reading_that_was_stopped, empty_before),
         cmocka_unit_test_setup(test_reading_past_a_checkpoint, empty_before),
         cmocka_unit_test_setup(test_who_can_be_bound, empty_before),
         cmocka_unit_test_setup(test_damage_is_found_when_it_is_read, empty_before),

@@ -378,9 +378,15 @@ int quarry_session_read_stored(quarry_session *s, quarry_store *store, const int
     if (code == QUARRY_OK) code = session_memory_check(s, n, error);
     if (code != QUARRY_OK) return code;
     bool keeping = store && session_can_save(s);
-    if (store && take(s, store, tokens, n, info, &wrong) != QUARRY_OK) { /* the text can be read without the store */
+    if (store) code = take(s, store, tokens, n, info, &wrong);
+    if (code == QUARRY_ERROR_MEMORY && s->params.kv_ram) { /* what was stored does not fit, nor would all of it */
+        if (error) *error = wrong;
+        return code;
+    }
+    if (code != QUARRY_OK) { /* the text can be read without the store */
         snprintf(info->note, sizeof info->note, "%s", wrong.message);
         keeping = false;
+        code = QUARRY_OK;
     } else if (store && info->n_taken < n && !*info->note) {
         explain(s, store, tokens, n, info);
     }
