@@ -183,6 +183,7 @@ static void segment_tally(const ivfpq *p, const ivfpq_segment *s, bool sealed, a
     const size_t in_ram = tables < all.resident ? tables : all.resident;
     memory->codebooks.held += tables;
     memory->codebooks.resident += in_ram;
+    memory->index.n_large += all.n_large;
     memory->index.held += all.held - tables;
     memory->index.resident += all.resident - in_ram;
 }

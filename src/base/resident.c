@@ -45,7 +45,9 @@ size_t memory_resident(const void *block, size_t n_bytes)
 void memory_tally_add(memory_tally *tally, const void *block, size_t n_bytes)
 {
     if (!block) return;
+    enum { HUGE_PAGE = 2 << 20 };
     tally->held += n_bytes;
+    tally->n_large += n_bytes >= HUGE_PAGE;
     if (!tally->held_only) tally->resident += memory_resident(block, n_bytes);
 }
 

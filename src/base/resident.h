@@ -13,7 +13,8 @@ size_t memory_resident(const void *block, size_t n_bytes);
 typedef struct memory_tally {
     size_t held;     /* allocated */
     size_t resident; /* of that, in RAM */
-    bool held_only;  /* do not ask the system for that */
+    size_t n_large;  /* blocks of at least a huge page: each begins at a multiple of one, which may spoil as much address space before it */
+    bool held_only;  /* do not ask the system for what is in RAM */
 } memory_tally;
 
 /* Counts a block; NULL is none. */

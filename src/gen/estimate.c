@@ -6,6 +6,7 @@
 
 typedef struct index_size {
     double index, codebooks, stored; /* bytes; stored: on disk */
+    double large;                    /* blocks of at least a huge page */
     uint64_t codebook_file;
 } index_size;
 
@@ -13,7 +14,7 @@ static index_size index_size_of(const attn_policy *p)
 {
     attn_memory memory = {.index.held_only = true, .codebooks.held_only = true};
     p->type->tally(p, &memory);
-    index_size size = {(double)memory.index.held, (double)memory.codebooks.held, 0, memory.codebook_file};
+    index_size size = {(double)memory.index.held, (double)memory.codebooks.held, 0, (double)memory.index.n_large, memory.codebook_file};
     const attn_saving *saving = p->type->saving;
     const double parts = (double)p->shape.kv.n_layer * p->shape.kv.n_head_kv;
     for (int64_t i = 0; saving && i < saving->n_segments(p); i++) {
@@ -46,8 +47,9 @@ static quarry_code index_estimate(attn_policy *p, int64_t n_far, index_size *siz
     if ((code = index_grow(p, SAMPLE, false, error)) != QUARRY_OK) return code;
     const index_size both = index_size_of(p);
     const double more = (double)(n_far - SAMPLE) / SAMPLE;
-    *size = (index_size){half.index + more * (both.index - half.index), half.codebooks + more * (both.codebooks - half.codebooks),
-                         half.stored + more * (both.stored - half.stored), half.codebook_file};
+    *size =
+        (index_size){half.index + more * (both.index - half.index), half.codebooks + more * (both.codebooks - half.codebooks),
+                     half.stored + more * (both.stored - half.stored), half.large + more * (both.large - half.large), half.codebook_file};
     return QUARRY_OK;
 }
 
@@ -68,6 +70,7 @@ static quarry_code session_estimate(quarry_model *model, const quarry_session_pa
         need->bytes[MEMORY_INDEX] += (size_t)size.index;
         need->bytes[MEMORY_CODEBOOKS] += (size_t)size.codebooks;
         need->stored_index += (uint64_t)size.stored;
+        need->large_blocks += size.large;
         need->codebook_file += size.codebook_file;
         attn_policy_destroy(policies[i]);
     }
@@ -119,11 +122,11 @@ typedef struct verdict {
     double all, index, left; /* bytes */
 } verdict;
 
-/* Blocks begin at a multiple of a huge page, for which address space is spoilt before them: one block for every page of the cache. */
+/* Large blocks begin at a multiple of a huge page, for which address space is spoilt before them: one block for every page of the cache, and those of the index. */
 static double spoilt_address(const session_memory *need)
 {
     const double pages = (double)(need->n_tokens / KV_PAGE + 1), huge = 2 << 20;
-    return (double)need->bytes[MEMORY_KV] / pages >= huge ? pages * huge : 0;
+    return ((double)need->bytes[MEMORY_KV] / pages >= huge ? pages * huge : 0) + need->large_blocks * huge;
 }
 
 /* Of an empty session that reads n tokens; of another one, as much for each as those that it holds have taken. */

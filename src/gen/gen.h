@@ -42,6 +42,7 @@ extern const char *const memory_part_keys[MEMORY_PARTS], *const memory_part_name
 typedef struct session_memory {
     int64_t n_tokens;
     size_t bytes[MEMORY_PARTS];         /* in RAM */
+    double large_blocks;                /* of the index, in an estimate (memory_tally.n_large) */
     uint64_t model_file, codebook_file; /* bytes on disk; 0: none */
     uint64_t stored_kv, stored_index;   /* the same of a stored context of so many tokens, in an estimate; 0: it cannot be stored */
 } session_memory;

@@ -33,12 +33,11 @@ void model_tally(const quarry_model *m, model_memory *memory)
     each_unpacked(m, weight_tally, &unpacked);
     arena_tally(&m->packed, &memory->weights);
     arena_tally(&m->small, &memory->weights);
+    memory->weights.held += unpacked.held;
+    memory->weights.resident += unpacked.resident;
     tokenizer_tally(m->tokenizer, &memory->vocabulary);
     gguf_tally(m->file, &memory->vocabulary, &mapped);
-    memory->weights.held += unpacked.held;
-    /* of the mapped file also what the system brought along: a row that is touched maps as much around it as lies together in the page cache */
-    memory->weights.resident += mapped.resident > unpacked.resident ? mapped.resident : unpacked.resident;
-    memory->mapped = mapped.resident;
+    memory->mapped = mapped.resident < unpacked.resident ? mapped.resident : unpacked.resident;
     memory->file_bytes = gguf_size(m->file);
 }
 

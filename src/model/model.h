@@ -32,8 +32,8 @@ attn_shape model_attn_shape(const quarry_model *m, kv_type type);
 
 typedef struct model_memory {
     memory_tally weights, vocabulary; /* as kernels read them; the tokenizer, and what is kept of the file's metadata */
-    size_t mapped;       /* of the file's mapping, what is in RAM: weights that are read from there, and what else was touched */
-    uint64_t file_bytes; /* on disk */
+    size_t mapped;                    /* of the file's mapping, weights that are read from there and are in RAM */
+    uint64_t file_bytes;              /* on disk */
 } model_memory;
 
 void model_tally(const quarry_model *m, model_memory *memory);
