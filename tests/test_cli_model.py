@@ -583,6 +583,15 @@ class CliRealModel(unittest.TestCase):
                     memory = json.loads(result.stdout)["memory"]
                     self.assertAlmostEqual(memory["together"] / memory["resident"], 1, delta=0.05, msg=f"{attn}, {turn}")
 
+    @unittest.skipIf(SANITIZED, "the sanitizer takes more than any limit")
+    def test_weights_that_do_not_fit_are_refused(self):
+        def limit():
+            resource.setrlimit(resource.RLIMIT_DATA, (48 << 20, resource.RLIM_INFINITY))
+
+        result = quarry("run", "-m", REAL_MODEL, "-t", "1", "-p", "One", preexec_fn=limit)
+        self.assertEqual((result.returncode, result.stdout), (1, ""))
+        self.assertRegex(result.stderr, r"^quarry: .*: the weights take \d+ MiB of memory, and ulimit leaves \d+: use a smaller model.*\n$")
+
     def test_a_text_is_continued_in_its_sense(self):
         result = quarry("run", "-m", REAL_MODEL, "-q", "-n", "4", "One, two, three, four, five,")
         self.assertIn("six", result.stdout)

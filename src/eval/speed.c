@@ -238,7 +238,9 @@ static quarry_code depth_fill(speed_run *r, quarry_error *error)
     quarry_code code = QUARRY_OK;
     for (int s = 0; s < r->n_sequences && code == QUARRY_OK; s++) {
         if (!(r->read[s] = session_open_one(r, p->attn, p->n_attn, error))) return eval_failed(error);
-        if (p->depth > 0) code = eval_read(r->read[s], r->tokens + s * r->n_ctx, p->depth, &r->watch, error);
+        /* all that follow are as long as the first: they fit together or none is read */
+        if (s == 0) code = session_memory_check(r->read[0], p->depth * r->n_sequences, error);
+        if (p->depth > 0 && code == QUARRY_OK) code = eval_read(r->read[s], r->tokens + s * r->n_ctx, p->depth, &r->watch, error);
     }
     return code;
 }

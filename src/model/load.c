@@ -191,15 +191,17 @@ static quarry_code check_room(const loader *l, size_t n_bytes)
 /* Memory for all matrices at once: apart, most are too small for huge pages. */
 static quarry_code reserve_matrices(loader *l)
 {
-    size_t n_bytes = 0, n_copied = 0;
+    size_t n_bytes = 0, n_copied = 0, largest = 0;
     const bool mapped = gguf_is_mapped(l->m->file);
     for (int64_t i = 0; i < gguf_n_tensors(l->m->file); i++) {
         const gguf_tensor *t = gguf_tensor_at(l->m->file, i);
         const size_t packed = t->n_dims == 2 ? weight_packed_bytes(t->type, t->dims[1], t->dims[0]) : 0;
         n_bytes += (packed + 63) / 64 * 64;
-        if (!packed && !mapped) n_copied += t->n_bytes;
+        if (mapped) continue;
+        if (!packed) n_copied += t->n_bytes;
+        if (t->n_bytes > largest) largest = t->n_bytes; /* what is packed was read before */
     }
-    const quarry_code code = check_room(l, n_bytes + n_copied);
+    const quarry_code code = check_room(l, n_bytes + n_copied + largest);
     if (code != QUARRY_OK) return code;
     return arena_reserve(&l->m->packed, n_bytes, l->error);
 }
