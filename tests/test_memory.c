@@ -134,6 +134,22 @@ static void the_machine_has_what_it_says_and_its_swap(void **state)
     place_remove(&p);
 }
 
+static void a_system_that_promises_no_more_than_it_has_has_a_commit_limit(void **state)
+{
+    (void)state;
+    const place p = place_make();
+    memory_available free_of_it, a;
+    place_put(&p, "proc/meminfo", "MemAvailable:    8000000 kB\nSwapFree:  0 kB\nCommitLimit:  5000000 kB\nCommitted_AS:  4999990 kB\n");
+    place_put(&p, "proc/sys/vm/overcommit_memory", "0\n");
+    memory_available_get(p.root, &free_of_it);
+    place_put(&p, "proc/sys/vm/overcommit_memory", "2\n");
+    memory_available_get(p.root, &a);
+    assert_true(free_of_it.address > a.address && a.address == 10 * kib);
+    assert_string_equal(a.address_limit, "the system's commit limit");
+    assert_int_equal(a.bytes, 8000000 * kib);
+    place_remove(&p);
+}
+
 static void a_control_group_of_version_2_and_those_around_it_are_limits(void **state)
 {
     (void)state;
@@ -157,7 +173,11 @@ static void a_control_group_of_version_2_and_those_around_it_are_limits(void **s
     assert_true(a.bytes == 350000000 + 4096 && a.swap == 4096);
     place_put(&p, "sys/fs/cgroup/outer/inner/memory.max", "8192\n");
     memory_available_get(p.root, &a);
-    assert_true(a.bytes == 4096 + 1000 * kib);                      /* the inner one is narrower, and has a swap of its own */
+    assert_true(a.bytes == 4096 + 1000 * kib); /* the inner one is narrower, and has a swap of its own */
+    place_put(&p, "sys/fs/cgroup/outer/inner/memory.max", "max\n");
+    place_put(&p, "sys/fs/cgroup/outer/inner/memory.high", "6144\n");
+    memory_available_get(p.root, &a);
+    assert_true(a.bytes == 2048 + 1000 * kib);
     place_put(&p, "sys/fs/cgroup/outer/inner/memory.max", "100\n"); /* lowered under what is used */
     memory_available_get(p.root, &a);
     assert_true(a.bytes == 1000 * kib);
@@ -340,7 +360,7 @@ static void what_will_not_fit_is_refused_before_anything_is_read(void **state)
     const rlim_t mib = 1 << 20;
     if (SANITIZED) skip();
     assert_int_equal(read_under_limit(RLIMIT_AS, 100 * mib, "ivfpq", true, N, message), 0);
-    assert_int_equal(read_under_limit(RLIMIT_AS, 19 * mib, "ivfpq", true, N, message), QUARRY_ERROR_MEMORY);
+    assert_int_equal(read_under_limit(RLIMIT_AS, 27 * mib, "ivfpq", true, N, message), QUARRY_ERROR_MEMORY);
     assert_non_null(strstr(message, "12000 tokens take"));
     assert_non_null(strstr(message, "ulimit"));
     assert_non_null(strstr(message, "--kv-f32"));
@@ -355,7 +375,7 @@ static void the_text_that_is_said_to_fit_does(void **state)
 {
     (void)state;
     static const char *const policies[] = {"ivfpq", "full", "quest:tail=1"};
-    static const rlim_t limits[] = {16 << 20, 8 << 20, 16 << 20};
+    static const rlim_t limits[] = {24 << 20, 10 << 20, 24 << 20};
     if (SANITIZED) skip();
     for (size_t i = 0; i < TEST_COUNT(policies); i++) {
         char message[512];
@@ -392,6 +412,7 @@ int main(void)
         cmocka_unit_test(the_process_grows_by_what_is_touched),
         cmocka_unit_test(locked_memory_is_resident),
         cmocka_unit_test(the_machine_has_what_it_says_and_its_swap),
+        cmocka_unit_test(a_system_that_promises_no_more_than_it_has_has_a_commit_limit),
         cmocka_unit_test(a_control_group_of_version_2_and_those_around_it_are_limits),
         cmocka_unit_test(a_control_group_of_version_1_is_a_limit_also_when_its_path_is_not_to_be_found),
         cmocka_unit_test(what_the_files_say_may_be_anything),

@@ -110,7 +110,8 @@ typedef struct quarry_model_params {
     const quarry_fingerprints *fingerprints; /* used while opening only; NULL: the fingerprint is made anew */
 } quarry_model_params;
 
-/* Opens a GGUF file. params may be NULL. Errors: IO, FORMAT, UNSUPPORTED (architecture, block type, tokenizer), MEMORY. */
+/* Opens a GGUF file. params may be NULL. Errors: IO, FORMAT, UNSUPPORTED (architecture, block type, tokenizer), MEMORY (also, before they are loaded, if the
+ * weights will not fit). */
 QUARRY_API quarry_model *quarry_model_open(const char *path, const quarry_model_params *params, quarry_error *error);
 QUARRY_API void quarry_model_close(quarry_model *model);
 
@@ -191,7 +192,8 @@ QUARRY_API void quarry_session_close(quarry_session *session);
 QUARRY_API quarry_session *quarry_session_fork(const quarry_session *session, quarry_error *error);
 
 /* Appends tokens with full attention (or in blocks: read_window, extend), indexing keys as they leave the local window, and seals the index at the end.
- * Error CONTEXT (nothing is read) if they do not fit. After CANCELLED and MEMORY the session holds the tokens read so far. */
+ * Errors CONTEXT if they are too many, and MEMORY if what they take is more than the machine, the control group or ulimit leaves: nothing is read then. After
+ * CANCELLED, and MEMORY on the way, the session holds the tokens read so far. */
 QUARRY_API int quarry_session_read(quarry_session *session, const int32_t *tokens, int64_t n, const quarry_watch *watch,
                                    quarry_error *error);
 

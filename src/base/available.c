@@ -49,21 +49,24 @@ static uint64_t sum(uint64_t a, uint64_t b)
 /* How a version names what it says. */
 typedef struct group_version {
     const char *mount;
-    const char *limit, *usage;
+    const char *limit, *high, *usage;   /* high, NULL if there is none: beyond it a group stands still rather than grows */
     const char *active, *inactive;      /* lines of memory.stat: pages of files, which the system takes back when it needs memory */
     const char *swap_limit, *swap_used; /* NULL: the system's swap is not counted apart */
 } group_version;
 
 static const group_version versions[2] = {
-    {"/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_active_file ", "total_inactive_file ", NULL, NULL},
-    {"/sys/fs/cgroup", "memory.max", "memory.current", "active_file ", "inactive_file ", "memory.swap.max", "memory.swap.current"},
+    {"/sys/fs/cgroup/memory", "memory.limit_in_bytes", NULL, "memory.usage_in_bytes", "total_active_file ", "total_inactive_file ", NULL,
+     NULL},
+    {"/sys/fs/cgroup", "memory.max", "memory.high", "memory.current", "active_file ", "inactive_file ", "memory.swap.max",
+     "memory.swap.current"},
 };
 
 /* The group in `folder` alone. */
 static void take_group(const char *root, const group_version *v, const char *folder, uint64_t free_swap, memory_available *available)
 {
-    uint64_t limit, usage, active = 0, inactive = 0, swap_limit, swap_used;
+    uint64_t limit, high, usage, active = 0, inactive = 0, swap_limit, swap_used;
     if (!read_number(root, folder, v->limit, "", &limit) || !read_number(root, folder, v->usage, "", &usage)) return;
+    if (v->high && read_number(root, folder, v->high, "", &high) && high < limit) limit = high;
     if (limit >= INT64_MAX / 2) return; /* what version 1 says for none */
     read_number(root, folder, "memory.stat", v->active, &active);
     read_number(root, folder, "memory.stat", v->inactive, &inactive);
@@ -72,7 +75,9 @@ static void take_group(const char *root, const group_version *v, const char *fol
         free_swap = less(swap_limit, swap_used);
     const uint64_t left = sum(less(limit, less(usage, active + inactive)), free_swap);
     if (left >= available->bytes) return;
-    *available = (memory_available){left, free_swap, available->address, "the control group"};
+    available->bytes = left;
+    available->swap = free_swap;
+    available->limit = "the control group";
 }
 
 /* A group's limit holds for all groups in it. The file says where the process is as its own view of the hierarchy has it, which in a container may not be where that
@@ -117,15 +122,28 @@ static uint64_t under_rlimit(int resource, size_t used)
     return less(limit.rlim_cur, used);
 }
 
+/* What may still be committed, where the system promises no more than it has (overcommit_memory 2). */
+static void take_commit_limit(const char *root, memory_available *available)
+{
+    uint64_t mode, limit, used;
+    if (!read_number(root, "/proc/sys/vm", "overcommit_memory", "", &mode) || mode != 2) return;
+    if (!read_number(root, "/proc", "meminfo", "CommitLimit:", &limit) || !read_number(root, "/proc", "meminfo", "Committed_AS:", &used))
+        return;
+    if (1024 * less(limit, used) >= available->address) return;
+    available->address = 1024 * less(limit, used);
+    available->address_limit = "the system's commit limit";
+}
+
 void memory_available_get(const char *root, memory_available *available)
 {
     uint64_t ram, swap = 0;
     process_memory own;
-    *available = (memory_available){UINT64_MAX, 0, UINT64_MAX, "the machine"};
+    *available = (memory_available){UINT64_MAX, 0, UINT64_MAX, "the machine", "ulimit"};
     if (process_memory_get(&own)) {
         const uint64_t address = under_rlimit(RLIMIT_AS, own.address), data = under_rlimit(RLIMIT_DATA, own.data);
         available->address = address < data ? address : data;
     }
+    take_commit_limit(root, available);
     if (read_number(root, "/proc", "meminfo", "SwapFree:", &swap)) swap *= 1024;
     if (read_number(root, "/proc", "meminfo", "MemAvailable:", &ram)) {
         available->bytes = sum(ram * 1024, swap);

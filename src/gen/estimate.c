@@ -122,11 +122,13 @@ typedef struct verdict {
     double all, index, left; /* bytes */
 } verdict;
 
-/* Large blocks begin at a multiple of a huge page, for which address space is spoilt before them: one block for every page of the cache, and those of the index. */
+/* Allocated and never in RAM: large blocks begin at a multiple of a huge page, for which address space is spoilt before them, one block for every page of the cache,
+ * and those of the index; and arenas grow in blocks, of which the last is up to as large as the others together, before they become one. */
 static double spoilt_address(const session_memory *need)
 {
     const double pages = (double)(need->n_tokens / KV_PAGE + 1), huge = 2 << 20;
-    return ((double)need->bytes[MEMORY_KV] / pages >= huge ? pages * huge : 0) + need->large_blocks * huge;
+    const double spoilt = ((double)need->bytes[MEMORY_KV] / pages >= huge ? pages : 0) + need->large_blocks;
+    return spoilt * huge + (double)need->bytes[MEMORY_SCRATCH];
 }
 
 /* Of an empty session that reads n tokens; of another one, as much for each as those that it holds have taken. */
@@ -210,6 +212,6 @@ quarry_code session_memory_check(const quarry_session *s, int64_t n, quarry_erro
     advise(s, &v, advice, sizeof advice);
     return error_set(error, QUARRY_ERROR_MEMORY,
                      "%lld tokens take %.0f MiB of memory (keys and values %.0f, index %.0f), and %s leaves %.0f: %s", (long long)n,
-                     mib(v.all), mib((double)v.need.bytes[MEMORY_KV]), mib(v.index), v.by_limit ? "ulimit" : v.available.limit, mib(v.left),
-                     advice);
+                     mib(v.all), mib((double)v.need.bytes[MEMORY_KV]), mib(v.index),
+                     v.by_limit ? v.available.address_limit : v.available.limit, mib(v.left), advice);
 }

@@ -109,6 +109,11 @@ void gguf_tensor_release(const gguf_file *g, const gguf_tensor *t)
     if (g->map) file_map_release(g->map, t->offset, t->n_bytes);
 }
 
+void gguf_release(const gguf_file *g, uint64_t first, uint64_t end)
+{
+    if (g->map && first < end) file_map_release(g->map, first, (size_t)(end - first));
+}
+
 quarry_code gguf_check(const gguf_file *g, quarry_error *error)
 {
     return g->map ? file_map_check(g->map, error) : QUARRY_OK;

@@ -34,6 +34,8 @@ const gguf_tensor *gguf_find(const gguf_file *g, const char *name); /* NULL if a
 const void *gguf_tensor_data(const gguf_file *g, const gguf_tensor *t, void **copy, quarry_error *error);
 /* The tensor was copied elsewhere: give its mapped pages back. */
 void gguf_tensor_release(const gguf_file *g, const gguf_tensor *t);
+/* The same for all bytes from one offset to another. */
+void gguf_release(const gguf_file *g, uint64_t first, uint64_t end);
 /* Counts what is kept of the header, and, apart, the mapping. */
 void gguf_tally(const gguf_file *g, memory_tally *metadata, memory_tally *mapped);
 /* Error IO if the file shrank while mapped. */

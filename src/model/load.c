@@ -184,7 +184,7 @@ static quarry_code check_room(const loader *l, size_t n_bytes)
     if (n_bytes <= left) return QUARRY_OK;
     return error_set(l->error, QUARRY_ERROR_MEMORY,
                      "%s: the weights take %.0f MiB of memory, and %s leaves %.0f: use a smaller model, or one quantised to fewer bits",
-                     gguf_path(l->m->file), (double)n_bytes / (1 << 20), left < available.bytes ? "ulimit" : available.limit,
+                     gguf_path(l->m->file), (double)n_bytes / (1 << 20), left < available.bytes ? available.address_limit : available.limit,
                      (double)left / (1 << 20));
 }
 
@@ -204,6 +204,20 @@ static quarry_code reserve_matrices(loader *l)
     const quarry_code code = check_room(l, n_bytes + n_copied + largest);
     if (code != QUARRY_OK) return code;
     return arena_reserve(&l->m->packed, n_bytes, l->error);
+}
+
+/* Gives back the pages of what was copied once more: faults in one tensor bring in pages of those beside it, which were given back before. */
+static void release_copied(const quarry_model *m)
+{
+    const gguf_file *g = m->file;
+    uint64_t first = 0;
+    for (int64_t i = 0; i < gguf_n_tensors(g); i++) {
+        const gguf_tensor *t = gguf_tensor_at(g, i);
+        if (t->n_dims != 2 || weight_packed_bytes(t->type, t->dims[1], t->dims[0])) continue;
+        gguf_release(g, first, t->offset);
+        first = t->offset + t->n_bytes;
+    }
+    gguf_release(g, first, gguf_size(g));
 }
 
 quarry_code model_load_weights(quarry_model *m, quarry_error *error)
@@ -229,5 +243,6 @@ quarry_code model_load_weights(quarry_model *m, quarry_error *error)
     for (int i = 0; i < 32; i++)
         if (l.weights_of_type[i] > l.weights_of_type[most]) most = i;
     m->quantization = block_type_name((uint32_t)most);
+    release_copied(m);
     return code;
 }
