@@ -759,6 +759,65 @@ static void test_damage_is_found_when_it_is_read(void **state)
     quarry_model_close(m);
 }
 
+/* The largest file of the store, with rows of segments. */
+static const char *largest_piece(void)
+{
+    static char path[600];
+    uint64_t most = 0;
+    DIR *d = opendir(folder);
+    for (struct dirent *entry; (entry = readdir(d));) {
+        char this[600];
+        size_t n;
+        quarry_error e = {0};
+        snprintf(this, sizeof this, "%s/%s", folder, entry->d_name);
+        if (!strstr(entry->d_name, ".piece")) continue;
+        char *bytes = file_read_all(this, &n, &e);
+        assert_non_null(bytes);
+        memory_free(bytes);
+        if (n > most) strcpy(path, this);
+        if (n > most) most = n;
+    }
+    closedir(d);
+    return path;
+}
+
+/* What an answer found damaged is removed from the store when it is asked for, and read anew; nothing is removed otherwise. */
+static void test_what_is_damaged_is_removed(void **state)
+{
+    (void)state;
+    quarry_model *m = open_model(kinds[0], 2);
+    quarry_store *store = open_store();
+    quarry_stored info;
+    quarry_error e = {0};
+    quarry_session *hot = open_session(m, 0), *cold = open_session(m, 0), *again = open_session(m, 0);
+    assert_int_equal(read_long(hot, store, &info, &e), QUARRY_OK);
+    assert_int_equal(read_long(cold, store, &info, &e), QUARRY_OK);
+    assert_int_equal(info.n_taken, LONG);
+    feed(hot);
+    assert_false(quarry_store_remove_damaged(store, hot));
+    assert_false(quarry_store_remove_damaged(store, cold));
+    const char *path = largest_piece();
+    piece_file *p = piece_open(path, &e);
+    assert_non_null(p);
+    const piece_region *region = &p->layout.regions[0];
+    for (uint64_t at = 100; at < (uint64_t)region->n_parts * region->rows_bytes; at += p->layout.block_bytes)
+        flip(path, region->rows_at + at);
+    piece_close(p);
+    assert_int_equal(quarry_session_feed(cold, question, QUESTION, NULL, &e), QUARRY_ERROR_FORMAT);
+    assert_non_null(strstr(e.message, path));
+    assert_true(quarry_store_remove_damaged(store, cold));
+    assert_int_not_equal(access(path, F_OK), 0);
+    assert_int_equal(read_long(again, store, &info, &e), QUARRY_OK);
+    assert_true(info.n_taken < LONG && info.n_kept == LONG - info.n_taken);
+    feed(again);
+    assert_same(hot, again);
+    quarry_session_close(hot);
+    quarry_session_close(cold);
+    quarry_session_close(again);
+    quarry_store_close(store);
+    quarry_model_close(m);
+}
+
 /* Cut short, and mended, under a session; then without a name. */
 static void test_a_file_that_changes(void **state)
 {
@@ -927,6 +986,7 @@ int main(int argc, char **argv)
         cmocka_unit_test_setup(test_reading_past_a_checkpoint, empty_before),
         cmocka_unit_test_setup(test_who_can_be_bound, empty_before),
         cmocka_unit_test_setup(test_damage_is_found_when_it_is_read, empty_before),
+        cmocka_unit_test_setup(test_what_is_damaged_is_removed, empty_before),
         cmocka_unit_test_setup(test_a_file_that_changes, empty_before),
         cmocka_unit_test_setup(test_failing_reads_and_memory, empty_before),
         cmocka_unit_test_setup(test_loading_without_memory, empty_before),
