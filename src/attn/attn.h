@@ -161,6 +161,8 @@ struct attn_saving {
     void (*describe)(const attn_policy *p, char *text, size_t size);
     int64_t (*n_segments)(const attn_policy *p);
     attn_saved_segment (*segment)(const attn_policy *p, int64_t i);
+    /* Tokens that no sealed segment would hold if n_far became so much. */
+    int64_t (*n_open)(const attn_policy *p, int64_t n_far);
     /* (parallel) The token, counted from the segment's first, of every slot [n]: the order in which the index has them. NULL: as they come. */
     const uint16_t *(*order)(const attn_policy *p, int64_t i, int layer, int head);
     void (*save_part)(const attn_policy *p, int64_t i, int layer, int head, uint8_t *out); /* (parallel) */

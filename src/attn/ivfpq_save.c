@@ -20,6 +20,14 @@ static int64_t n_segments(const attn_policy *policy)
     return ((const ivfpq *)policy)->n_sealed;
 }
 
+static int64_t n_open(const attn_policy *policy, int64_t n_far)
+{
+    const ivfpq *p = (const ivfpq *)policy;
+    int64_t first = p->open_first;
+    for (int64_t full; n_far - first >= (full = ivfpq_full_segment(p, first));) first += full;
+    return n_far - first;
+}
+
 /* ---- a part ---- */
 
 /* One array of a part, as it is and as it is kept: n numbers of `width` bytes, little-endian; those from `used` on are 0. */
@@ -254,6 +262,7 @@ const attn_saving ivfpq_saving = {
     .describe = describe,
     .n_segments = n_segments,
     .segment = segment,
+    .n_open = n_open,
     .order = order_of,
     .save_part = save_part,
     .state_bytes = state_bytes,

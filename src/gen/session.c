@@ -248,6 +248,15 @@ quarry_code session_fit_grown(quarry_session *s, quarry_error *error)
     return s->params.kv_ram && kv_bytes(s->kv) > s->params.kv_ram ? session_fit_kv(s, 0, error) : QUARRY_OK;
 }
 
+/* Tokens behind the last sealed segment once n more were read. */
+static int64_t loose_after(const quarry_session *s, int64_t n)
+{
+    const attn_policy *p = s->policies[0];
+    const int64_t length = s->tokens.n + n, end = attn_far_end(&p->shape, length), before = length - p->shape.read_window;
+    const int64_t more = (before < end ? before : end) - p->n_far, n_far = p->n_far + (more > 0 ? more / ATTN_BLOCK * ATTN_BLOCK : 0);
+    return length - n_far + p->type->saving->n_open(p, n_far);
+}
+
 quarry_code session_stretch(const quarry_session *s, int64_t *n, quarry_error *error)
 {
     if (s->params.kv_ram == 0) {
@@ -257,7 +266,11 @@ quarry_code session_stretch(const quarry_session *s, int64_t *n, quarry_error *e
     const size_t most = s->params.kv_ram / 4 * 3, hot = hot_bytes(s) + kv_local_coming(s->kv, INT32_MAX, s->params.n_batch),
                  least = (size_t)s->params.n_batch * token_bytes(s); /* a quarter is the cache's */
     if (hot + least > most) return too_little(s, (hot + least) / 3 * 4, error);
-    *n = (int64_t)((most - hot) / token_bytes(s)) / s->params.n_batch * s->params.n_batch; /* blocks of a text are cut where batches are */
+    const int64_t batch = s->params.n_batch,
+                  longest = (int64_t)((most - hot) / token_bytes(s)) / batch * batch; /* blocks of a text are cut where batches are */
+    *n = longest;
+    for (int64_t shorter = longest - batch; shorter > longest / 2; shorter -= batch) /* what is loose then is kept, and stays in memory */
+        if (loose_after(s, shorter) < loose_after(s, *n)) *n = shorter;
     return QUARRY_OK;
 }
 
