@@ -22,10 +22,9 @@ typedef struct view {
 typedef struct search {
     const ivfpq *p;
     const retrieval_kernels *kernels;
-    const kv_seq *kv; /* the rows; NULL: nobody wants them */
-    kv_cold *cold;    /* of the first n_cold views; NULL: of none */
+    kv_cold *cold; /* of the first n_cold views; NULL: of none */
     int64_t n_cold;
-    int layer, head, number; /* the part */
+    int number; /* of the part */
     int g, d, n_sub;
     view *views;
     int64_t n_views, n_tokens, n_forced;
@@ -566,8 +565,7 @@ static quarry_code find(const search *s, const candidates *c, attn_selection *ou
 static bool search_make(search *s, const ivfpq *p, int layer, int head, const kv_seq *kv, const float *q, int g, arena *scratch,
                         quarry_error *error)
 {
-    *s = (search){
-        .p = p, .kernels = p->base.kernels->retrieval, .kv = kv, .layer = layer, .head = head, .g = g, .d = p->d, .n_sub = p->n_sub};
+    *s = (search){.p = p, .kernels = p->base.kernels->retrieval, .g = g, .d = p->d, .n_sub = p->n_sub};
     s->number = layer * p->base.shape.kv.n_head_kv + head;
     s->cold = kv ? kv_cold_of(kv) : NULL;
     s->n_cold = s->cold ? kv_cold_in(kv)->n_segments : 0;
